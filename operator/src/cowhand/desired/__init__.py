@@ -1,0 +1,1 @@
+"""Pure builders: from a spec and our configuration to the manifests of child objects."""

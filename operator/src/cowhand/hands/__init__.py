@@ -1,0 +1,1 @@
+"""`execute(name, input) -> string`: the hand registry, the sandbox client and the built-in toolset."""

@@ -1,0 +1,1 @@
+"""The Kubernetes API: the only importer of the `kubernetes` client."""

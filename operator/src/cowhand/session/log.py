@@ -1,0 +1,308 @@
+"""The session log as the rest of Cowhand sees it: small interfaces, so that another store can replace Redis.
+
+Three roles, three protocols, each scoped by what its caller may do:
+
+- `SessionLog` for everybody (gateway, operator, harness): create, emit, read, follow.
+- `WorkerLog` for the harness: heartbeat, take work, claim a session, append under the lease, park.
+- `ControlLog` for the operator and the broker: mode, close, hints about dead workers, projection, hands.
+
+`cowhand.session.redis_log` implements all three on Redis Streams; `cowhand.session.connect` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from cowhand.session.events import Event, NewEvent
+
+Mode = Literal["running", "suspended"]
+State = Literal["idle", "running", "rescheduling", "terminated", "closed"]
+
+
+@dataclass(frozen=True)
+class SessionMeta:
+    """What is fixed when a session is created (stands in the meta hash).
+
+    Attributes:
+        session_id: `sesn_` + 32 lower-case hex digits.
+        namespace: the tenant.
+        name: name of the AgentSession, or empty for a session made over the API.
+        uid: uid of the AgentSession, or empty.
+        model: {"base_url": str, "secret": {"name": str, "key": str} | None}: where model requests go.
+        tombstone: key of "this run was already made": sha256 of name, spec and runID, or empty.
+    """
+
+    session_id: str
+    namespace: str
+    name: str
+    uid: str
+    model: dict[str, Any]
+    tombstone: str = ""
+
+
+@dataclass(frozen=True)
+class SessionState:
+    """`get_session`: the state of a session, without its events.
+
+    Attributes:
+        meta: the fixed part.
+        state: `idle`, `running`, `rescheduling`, `terminated`, `closed`.
+        mode: `running` or `suspended`.
+        lease: lease string of the holder, empty if there is none.
+        epoch: epoch of the newest lease, 0 before the first.
+        next_seq: position of the next event; the last one is `next_seq - 1`.
+        status: last status the harness wrote with an append (see docs/interfaces.md), empty before.
+        created_ms: milliseconds since the epoch, store clock.
+    """
+
+    meta: SessionMeta
+    state: State
+    mode: Mode
+    lease: str
+    epoch: int
+    next_seq: int
+    status: dict[str, Any]
+    created_ms: int
+
+
+@dataclass(frozen=True)
+class Created:
+    """Answer of `create_session`: `existed` says that the session or its tombstone was there before.
+
+    `session_id` is the id of the session that counts: the old one if a tombstone matched.
+    """
+
+    session_id: str
+    existed: bool
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A claimed session.
+
+    Attributes:
+        value: the whole lease string `epoch:worker:nonce`; every write is fenced by it.
+        epoch: the fencing epoch as a number.
+        next_seq: position of the next event at the time of the claim.
+    """
+
+    session_id: str
+    value: str
+    epoch: int
+    next_seq: int
+
+
+@dataclass(frozen=True)
+class Parked:
+    """Answer of `park`: `parked` False means new input arrived: `next_seq` says how far to read."""
+
+    parked: bool
+    next_seq: int
+
+
+@dataclass(frozen=True)
+class HandRecord:
+    """One instance of one hand of a session, as the broker or the operator wrote it.
+
+    Attributes:
+        session_id: session it was made for, empty for a Sandbox applied by hand.
+        hand: name of the hand in the agent.
+        instance: counts from 1; a lost hand's successor has the next number.
+        state: `Pending`, `Ready`, `Failed` or `Lost`.
+        reason: CamelCase reason for Failed, Lost or Pending.
+        message: text for Claude and for people.
+        sandbox: name of the Sandbox resource.
+        sandbox_uid: its uid.
+        pod_uid: uid of the pod that answers.
+        address: `ip:port` of the hand's proxy.
+        cert_sha256: hex SHA-256 of the DER certificate to pin.
+        owner: session that may execute in it now, empty for none.
+        owner_epoch: grows with each transfer, from 1.
+        signature: the broker's signature over the record (wire.records), empty when not Ready.
+    """
+
+    session_id: str
+    hand: str
+    instance: int
+    state: Literal["Pending", "Ready", "Failed", "Lost"]
+    reason: str = ""
+    message: str = ""
+    sandbox: str = ""
+    sandbox_uid: str = ""
+    pod_uid: str = ""
+    address: str = ""
+    cert_sha256: str = ""
+    owner: str = ""
+    owner_epoch: int = 0
+    signature: str = ""
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """How much work waits in a tenant: for scaling.
+
+    Attributes:
+        ready: sessions in the ready stream that nobody has taken.
+        leased: sessions that a worker holds now.
+        workers: live worker incarnations.
+        oldest_ready_ms: age of the oldest waiting entry, 0 if none.
+    """
+
+    ready: int
+    leased: int
+    workers: int
+    oldest_ready_ms: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """A claim that did not succeed: `why` is HELD, SUSPENDED, CLOSED, NOSESSION or DEADWORKER."""
+
+    why: str
+    lease: str = ""
+
+
+class SessionLog(Protocol):
+    """Create, emit, read and follow sessions of one tenant (namespace)."""
+
+    async def create_session(self, meta: SessionMeta, events: Sequence[NewEvent]) -> Created:
+        """Make a session: meta, the events from position 1 on, and an entry in the ready queue, in one script.
+
+        `events[0]` is `session.created`; without a `user.message` among them the session starts idle.
+        Idempotent by session id and by tombstone.
+        """
+
+    async def emit_event(self, session_id: str, event: NewEvent) -> int:
+        """Append an external event and make the session ready; answers its position.
+
+        Deduplicated by `event.id`: the same id again answers the first position.
+
+        Raises:
+            SessionNotFound, SessionClosed, StoreUnavailable, UserError (payload over the limit).
+        """
+
+    async def get_events(
+        self, session_id: str, start: int = 1, end: int | None = None, *, limit: int | None = None
+    ) -> list[Event]:
+        """Events `start..end`, both inclusive, positions from 1; `end` None is the newest."""
+
+    async def get_session(self, session_id: str) -> SessionState:
+        """State of a session. Raises SessionNotFound."""
+
+    def follow(self, session_id: str, start: int = 1) -> AsyncIterator[Event]:
+        """Events from `start` on, first the old, then the new as they come; ends after `session.deleted`."""
+
+
+class WorkerLog(Protocol):
+    """What a harness worker does, for one tenant; one incarnation per process."""
+
+    @property
+    def worker_id(self) -> str:
+        """`<pod uid>.<8 random hex>`."""
+
+    async def beat(self) -> set[str]:
+        """Renew this worker's deadline (now + 10 s); answers the sessions with new input (dirty set)."""
+
+    async def retire(self) -> None:
+        """Take this worker out of the live set (drain): its sessions can be claimed at once."""
+
+    def work(self) -> AsyncIterator[str]:
+        """Session ids from the ready queue, as they come (each only nominated: claim it)."""
+
+    def nudges(self) -> AsyncIterator[str]:
+        """Session ids that have new input or a hand that changed, as they are announced."""
+
+    async def claim(self, session_id: str) -> Lease | Held:
+        """Take the lease; writes `session.wake` into the log."""
+
+    async def append(
+        self, lease: Lease, events: Sequence[NewEvent], *, status: dict[str, Any] | None = None
+    ) -> int:
+        """Append under the lease, exactly once; answers the position of the first event.
+
+        `status` replaces the session's status document in the same script. Raises Fenced.
+        """
+
+    async def barrier(self) -> None:
+        """Wait until everything appended so far is as durable as the profile promises."""
+
+    async def touch(self, lease: Lease) -> None:
+        """Push the progress deadline of a session with a long call; raises Fenced."""
+
+    async def park(self, lease: Lease, expected_next: int, *, state: State = "idle") -> Parked:
+        """Give the lease back if nothing new has arrived since `expected_next`; raises Fenced."""
+
+    async def handover(self, lease: Lease) -> None:
+        """Give the lease back and put the session on the ready queue for another worker."""
+
+    async def sweep(self) -> int:
+        """Put sessions whose holder is dead or stuck back on the ready queue; answers how many."""
+
+    async def get_hand(self, session_id: str, hand: str, instance: int) -> HandRecord | None:
+        """The record of one hand instance, None while there is none."""
+
+
+class ControlLog(Protocol):
+    """What the operator and the broker do, across tenants."""
+
+    async def set_mode(self, namespace: str, session_id: str, mode: Mode, event: NewEvent) -> int:
+        """Suspend or resume; the event is ingested in the same script; answers its position."""
+
+    async def close(
+        self, namespace: str, session_id: str, event: NewEvent, *, retain_s: int
+    ) -> None:
+        """End the log with `session.deleted`; keys expire after `retain_s` seconds (0: at once)."""
+
+    async def drop_worker(self, namespace: str, pod_uid: str) -> int:
+        """A worker's pod is gone: forget its heartbeats and requeue its sessions; answers how many."""
+
+    async def sweep(self, namespace: str) -> int:
+        """As `WorkerLog.sweep`."""
+
+    async def backlog(self, namespace: str) -> Backlog:
+        """Work that waits in a tenant."""
+
+    async def take_projections(self, namespace: str, limit: int = 100) -> list[str]:
+        """Session ids whose state changed since they were last taken (set `proj`)."""
+
+    def projection_nudges(self, namespaces: Sequence[str]) -> AsyncIterator[str]:
+        """Namespaces in which something is to be projected, as announced."""
+
+    async def put_hand(self, namespace: str, record: HandRecord) -> None:
+        """Write the record of a hand instance and nudge the session's worker.
+
+        A record never goes back from Lost, and a Ready record is not overwritten by Pending or Failed.
+        """
+
+    async def get_hand(
+        self, namespace: str, session_id: str, hand: str, instance: int
+    ) -> HandRecord | None:
+        """The record of one hand instance."""
+
+    async def get_sandbox(self, namespace: str, sandbox_uid: str) -> HandRecord | None:
+        """The newest record of a sandbox by its uid."""
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """How to reach the store.
+
+    Attributes:
+        url: `redis://` or `rediss://host:port/db`.
+        username: ACL user, empty for none.
+        password: its password.
+        ca_file: PEM file with the CA of the store's certificate, empty for the system's.
+        prefix: first part of every key.
+        partitions: number of partitions, fixed for the life of a store.
+        profile: durability profile; `dev` has no barrier.
+    """
+
+    url: str
+    username: str = ""
+    password: str = field(default="", repr=False)
+    ca_file: str = ""
+    prefix: str = "cowhand"
+    partitions: int = 16
+    profile: Literal["dev", "standard"] = "dev"

@@ -1,0 +1,321 @@
+"""Settings of every process, from `COWHAND_*` environment variables: the only reader of the environment.
+
+Called by the CLI, which builds one frozen object and hands it to the process's `run`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from cowhand.errors import UserError
+
+T = TypeVar("T")
+
+
+def _get(env: Mapping[str, str], name: str, default: T, parse: Callable[[str], T]) -> T:
+    raw = env.get(f"COWHAND_{name}", "")
+    if raw == "":
+        return default
+    try:
+        return parse(raw)
+    except (ValueError, KeyError) as err:
+        raise UserError(f"COWHAND_{name}={raw!r} is not valid: {err}", field=name) from err
+
+
+def _need(env: Mapping[str, str], name: str) -> str:
+    raw = env.get(f"COWHAND_{name}", "")
+    if not raw:
+        raise UserError(f"COWHAND_{name} must be set", field=name)
+    return raw
+
+
+def _words(raw: str) -> tuple[str, ...]:
+    return tuple(word for word in (part.strip() for part in raw.split(",")) if word)
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """How a process reaches the store: `COWHAND_STORE_*`."""
+
+    url: str
+    """`rediss://host:port/0`; `redis://` without TLS."""
+    username: str = ""
+    """ACL user."""
+    password: str = field(default="", repr=False)
+    """Its password; `COWHAND_STORE_PASSWORD`, or the file `COWHAND_STORE_PASSWORD_FILE`."""
+    ca_file: str = ""
+    """PEM file of the CA, default the system's."""
+    prefix: str = "cowhand"
+    """First part of every key."""
+    partitions: int = 16
+    """Partitions of the store, fixed at install."""
+    profile: Literal["dev", "standard"] = "dev"
+    """Durability profile."""
+
+
+def store(env: Mapping[str, str] | None = None) -> StoreSettings:
+    """Store settings from the environment."""
+    env = os.environ if env is None else env
+    password = env.get("COWHAND_STORE_PASSWORD", "")
+    if file := env.get("COWHAND_STORE_PASSWORD_FILE", ""):
+        with open(file, encoding="utf-8") as handle:
+            password = handle.read().strip()
+    profile = _get(env, "STORE_PROFILE", "dev", str)
+    if profile not in ("dev", "standard"):
+        raise UserError(f"COWHAND_STORE_PROFILE={profile!r} is not dev or standard")
+    return StoreSettings(
+        url=_need(env, "STORE_URL"),
+        username=_get(env, "STORE_USERNAME", "", str),
+        password=password,
+        ca_file=_get(env, "STORE_CA_FILE", "", str),
+        prefix=_get(env, "STORE_PREFIX", "cowhand", str),
+        partitions=_get(env, "STORE_PARTITIONS", 16, int),
+        profile="standard" if profile == "standard" else "dev",
+    )
+
+
+@dataclass(frozen=True)
+class OperatorSettings:
+    """`cowhand operator`."""
+
+    store: StoreSettings
+    namespace: str
+    """Namespace of the control plane (`COWHAND_NAMESPACE`), where the leader Lease lives."""
+    identity: str
+    """Name of this replica in the Lease (`COWHAND_POD_NAME`)."""
+    tenants: tuple[str, ...]
+    """Namespaces that are served (`COWHAND_TENANTS`, comma separated)."""
+    image: str
+    """Image of our own processes (`COWHAND_IMAGE`), for the proxy and init containers of sandboxes."""
+    sandbox_image: str
+    """Default image of sandboxes (`COWHAND_SANDBOX_IMAGE`)."""
+    image_pull_policy: str
+    """`COWHAND_IMAGE_PULL_POLICY`, default IfNotPresent."""
+    broker_url: str
+    """`COWHAND_BROKER_URL`, given to sandbox proxies."""
+    model_base_url: str
+    """Default endpoint of the Messages API (`COWHAND_MODEL_BASE_URL`)."""
+    model_secret: str
+    """Default Secret of the model key in the tenant (`COWHAND_MODEL_SECRET`)."""
+    default_environment: Mapping[str, object]
+    """Environment of sessions that name none (`COWHAND_DEFAULT_ENVIRONMENT`, JSON EnvironmentSpec)."""
+    retain_s: int
+    """Life of a deleted session's log with deletionPolicy Retain, seconds (default 30 days)."""
+    harness_min: int
+    """Warm minimum of harness pods per tenant (default 1)."""
+    harness_max: int
+    """Maximum of harness pods per tenant (default 10)."""
+    sessions_per_harness: int
+    """Sessions in work per harness pod that scaling aims at (default 50)."""
+    lease_seconds: int
+    """Duration of the leader Lease (default 30); renew deadline and retry follow from it."""
+
+
+def operator(env: Mapping[str, str] | None = None) -> OperatorSettings:
+    """Settings of `cowhand operator`."""
+    env = os.environ if env is None else env
+    return OperatorSettings(
+        store=store(env),
+        namespace=_need(env, "NAMESPACE"),
+        identity=_need(env, "POD_NAME"),
+        tenants=_words(_need(env, "TENANTS")),
+        image=_need(env, "IMAGE"),
+        sandbox_image=_need(env, "SANDBOX_IMAGE"),
+        image_pull_policy=_get(env, "IMAGE_PULL_POLICY", "IfNotPresent", str),
+        broker_url=_need(env, "BROKER_URL"),
+        model_base_url=_get(env, "MODEL_BASE_URL", "https://api.anthropic.com", str),
+        model_secret=_get(env, "MODEL_SECRET", "cowhand-model", str),
+        default_environment=_get(env, "DEFAULT_ENVIRONMENT", {}, json.loads),
+        retain_s=_get(env, "RETAIN_SECONDS", 30 * 86400, int),
+        harness_min=_get(env, "HARNESS_MIN", 1, int),
+        harness_max=_get(env, "HARNESS_MAX", 10, int),
+        sessions_per_harness=_get(env, "SESSIONS_PER_HARNESS", 50, int),
+        lease_seconds=_get(env, "LEASE_SECONDS", 30, int),
+    )
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """`cowhand harness`."""
+
+    store: StoreSettings
+    namespace: str
+    """The tenant (`COWHAND_NAMESPACE`)."""
+    pod_uid: str
+    """`COWHAND_POD_UID`, first part of the worker id."""
+    proxy_url: str
+    """The proxy of this pod (`COWHAND_PROXY_URL`, default http://127.0.0.1:8181)."""
+    max_sessions: int
+    """Sessions in work at the same time (default 200)."""
+    drain_seconds: int
+    """How long streams may go on after SIGTERM (default 20)."""
+    tool_timeout_ms: int
+    """Time limit of a tool call that names none (default 120000)."""
+    max_tool_output: int
+    """Characters of a tool's output that Claude sees (default 30000)."""
+    hand_wait_s: float
+    """How long a tool call waits for its sandbox (default 180)."""
+
+
+def harness(env: Mapping[str, str] | None = None) -> HarnessSettings:
+    """Settings of `cowhand harness`."""
+    env = os.environ if env is None else env
+    return HarnessSettings(
+        store=store(env),
+        namespace=_need(env, "NAMESPACE"),
+        pod_uid=_need(env, "POD_UID"),
+        proxy_url=_get(env, "PROXY_URL", "http://127.0.0.1:8181", str),
+        max_sessions=_get(env, "MAX_SESSIONS", 200, int),
+        drain_seconds=_get(env, "DRAIN_SECONDS", 20, int),
+        tool_timeout_ms=_get(env, "TOOL_TIMEOUT_MS", 120_000, int),
+        max_tool_output=_get(env, "MAX_TOOL_OUTPUT", 30_000, int),
+        hand_wait_s=_get(env, "HAND_WAIT_SECONDS", 180.0, float),
+    )
+
+
+@dataclass(frozen=True)
+class ProxySettings:
+    """`cowhand proxy`."""
+
+    mode: Literal["harness", "sandbox"]
+    """`COWHAND_PROXY_MODE`."""
+    broker_url: str
+    """`COWHAND_BROKER_URL`."""
+    ca_file: str
+    """CA of the broker (`COWHAND_CA_FILE`)."""
+    token_file: str
+    """Projected token of this pod (`COWHAND_TOKEN_FILE`)."""
+    listen_host: str
+    """Address to listen on: 127.0.0.1 in a harness pod, 0.0.0.0 in a sandbox pod."""
+    listen_port: int
+    """8181 in a harness pod, 8443 in a sandbox pod (`COWHAND_LISTEN_PORT`)."""
+    sandboxd_port: int
+    """Port of sandboxd on loopback (default 7070)."""
+    ready_file: str
+    """Written when the proxy is ready (default /run/cowhand/ready)."""
+
+
+def proxy(env: Mapping[str, str] | None = None) -> ProxySettings:
+    """Settings of `cowhand proxy`."""
+    env = os.environ if env is None else env
+    mode = _need(env, "PROXY_MODE")
+    if mode not in ("harness", "sandbox"):
+        raise UserError(f"COWHAND_PROXY_MODE={mode!r} is not harness or sandbox")
+    sandbox = mode == "sandbox"
+    return ProxySettings(
+        mode="sandbox" if sandbox else "harness",
+        broker_url=_need(env, "BROKER_URL"),
+        ca_file=_get(env, "CA_FILE", "/etc/cowhand/ca/ca.crt", str),
+        token_file=_get(env, "TOKEN_FILE", "/var/run/secrets/cowhand/token", str),
+        listen_host=_get(env, "LISTEN_HOST", "0.0.0.0" if sandbox else "127.0.0.1", str),  # noqa: S104
+        listen_port=_get(env, "LISTEN_PORT", 8443 if sandbox else 8181, int),
+        sandboxd_port=_get(env, "SANDBOXD_PORT", 7070, int),
+        ready_file=_get(env, "READY_FILE", "/run/cowhand/ready", str),
+    )
+
+
+@dataclass(frozen=True)
+class BrokerSettings:
+    """`cowhand broker`."""
+
+    store: StoreSettings
+    namespace: str
+    """Namespace of the control plane, where the key Secret lives (`COWHAND_NAMESPACE`)."""
+    tenants: tuple[str, ...]
+    """Namespaces that are served."""
+    listen_port: int
+    """Default 8443."""
+    tls_cert: str
+    """PEM file (default /etc/cowhand/tls/tls.crt)."""
+    tls_key: str
+    """PEM file (default /etc/cowhand/tls/tls.key)."""
+    keys_secret: str
+    """Secret with the signing keys (default cowhand-broker-keys)."""
+    gateway_account: str
+    """User name of the gateway (default `system:serviceaccount:<namespace>:cowhand-gateway`)."""
+    harness_account: str
+    """ServiceAccount name of harness pods in a tenant (default cowhand-harness)."""
+    sandbox_account: str
+    """ServiceAccount name of sandbox pods in a tenant (default cowhand-sandbox)."""
+
+
+def broker(env: Mapping[str, str] | None = None) -> BrokerSettings:
+    """Settings of `cowhand broker`."""
+    env = os.environ if env is None else env
+    namespace = _need(env, "NAMESPACE")
+    return BrokerSettings(
+        store=store(env),
+        namespace=namespace,
+        tenants=_words(_need(env, "TENANTS")),
+        listen_port=_get(env, "LISTEN_PORT", 8443, int),
+        tls_cert=_get(env, "TLS_CERT", "/etc/cowhand/tls/tls.crt", str),
+        tls_key=_get(env, "TLS_KEY", "/etc/cowhand/tls/tls.key", str),
+        keys_secret=_get(env, "KEYS_SECRET", "cowhand-broker-keys", str),
+        gateway_account=_get(
+            env, "GATEWAY_ACCOUNT", f"system:serviceaccount:{namespace}:cowhand-gateway", str
+        ),
+        harness_account=_get(env, "HARNESS_ACCOUNT", "cowhand-harness", str),
+        sandbox_account=_get(env, "SANDBOX_ACCOUNT", "cowhand-sandbox", str),
+    )
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """`cowhand gateway`."""
+
+    store: StoreSettings
+    tenants: tuple[str, ...]
+    """Namespaces that are served."""
+    listen_port: int
+    """Default 8443."""
+    tls_cert: str
+    """PEM file (default /etc/cowhand/tls/tls.crt)."""
+    tls_key: str
+    """PEM file (default /etc/cowhand/tls/tls.key)."""
+    broker_url: str
+    """For exec tokens."""
+    ca_file: str
+    """CA of the broker."""
+    token_file: str
+    """Projected token with audience cowhand-broker."""
+
+
+def gateway(env: Mapping[str, str] | None = None) -> GatewaySettings:
+    """Settings of `cowhand gateway`."""
+    env = os.environ if env is None else env
+    return GatewaySettings(
+        store=store(env),
+        tenants=_words(_need(env, "TENANTS")),
+        listen_port=_get(env, "LISTEN_PORT", 8443, int),
+        tls_cert=_get(env, "TLS_CERT", "/etc/cowhand/tls/tls.crt", str),
+        tls_key=_get(env, "TLS_KEY", "/etc/cowhand/tls/tls.key", str),
+        broker_url=_need(env, "BROKER_URL"),
+        ca_file=_get(env, "CA_FILE", "/etc/cowhand/ca/ca.crt", str),
+        token_file=_get(env, "TOKEN_FILE", "/var/run/secrets/cowhand/token", str),
+    )
+
+
+@dataclass(frozen=True)
+class BootstrapSettings:
+    """`cowhand bootstrap`: the Helm hook that makes CA, certificates and store users if they are missing."""
+
+    namespace: str
+    """Namespace of the control plane."""
+    tenants: tuple[str, ...]
+    """Namespaces that are served."""
+    prefix: str = "cowhand"
+    """Key prefix of the store, for the ACL rules."""
+
+
+def bootstrap(env: Mapping[str, str] | None = None) -> BootstrapSettings:
+    """Settings of `cowhand bootstrap`."""
+    env = os.environ if env is None else env
+    return BootstrapSettings(
+        namespace=_need(env, "NAMESPACE"),
+        tenants=_words(_need(env, "TENANTS")),
+        prefix=_get(env, "STORE_PREFIX", "cowhand", str),
+    )

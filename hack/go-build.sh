@@ -10,7 +10,7 @@
 
 GO_MINIMUM=1.26.0
 
-usage() { die "usage: $0 kubernetes|etcd|coredns|containerd|runc|kind|helm|local-path-provisioner"; }
+usage() { die "usage: $0 kubernetes|etcd|coredns|containerd|runc|runc-wrapper|kind|helm|local-path-provisioner"; }
 
 ldflags_for() {
   local v=v$KUBERNETES_VERSION package flags="-s -w"
@@ -22,6 +22,7 @@ ldflags_for() {
         flags="$flags -X $package.gitMinor=$(echo "$KUBERNETES_VERSION" | cut -d. -f2)"
       done
       ;;
+    coredns) flags="$flags -X github.com/coredns/coredns/coremain.GitCommit=v$COREDNS_VERSION" ;;
     helm) flags="$flags -X helm.sh/helm/v3/internal/version.version=v$HELM_VERSION" ;;
     containerd) flags="$flags -X github.com/containerd/containerd/v2/version.Version=v$CONTAINERD_VERSION" ;;
     runc) flags="$flags -extldflags -static -X main.version=$RUNC_VERSION" ;;
@@ -33,7 +34,6 @@ tags_for() {
   case $1 in
     containerd) echo "no_btrfs,no_zfs,no_devmapper" ;;
     runc) echo "seccomp,netgo,osusergo" ;;
-    coredns) echo "grpcnotrace" ;;
     *) echo "" ;;
   esac
 }
@@ -56,12 +56,13 @@ cache_dir_for() {
 
 compile() {
   local component=$1 goos=$2 out=$3 cgo=0
-  if [ "$component" = runc ]; then cgo=1; fi
+  if [ "$component" = runc ]; then cgo=1; fi # libseccomp is a C library, linked statically
   cd "$HACK_DIR/gomods/$component"
-  # `go list tool` names the packages of the go.mod's tool directives.
+  # The module's own program, else the packages that the go.mod's tool directives name.
   # shellcheck disable=SC2046  # a list of packages
   GOOS=$goos CGO_ENABLED=$cgo GOFLAGS='' nice -n 5 go build -mod=readonly -trimpath -buildvcs=false \
-    -tags "$(tags_for "$component")" -ldflags "$(ldflags_for "$component")" -o "$out/" $(go list tool)
+    -tags "$(tags_for "$component")" -ldflags "$(ldflags_for "$component")" -o "$out/" \
+    $(if [ -f main.go ]; then echo .; else go list tool; fi)
 }
 
 component=${1:-}

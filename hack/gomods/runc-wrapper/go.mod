@@ -1,0 +1,3 @@
+module cowhand.dev/hack/runc-wrapper
+
+go 1.25.0

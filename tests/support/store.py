@@ -1,0 +1,161 @@
+"""A real store server for tests and benchmarks: Valkey or Redis on loopback, with a data folder of its own.
+
+`find()` looks on PATH and in the cache folder, as `hack/store.sh` does. Nothing is skipped when no server is
+there: the log is what is tested, so a machine without one fails with the command that installs it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+NAMES = ("valkey-server", "redis-server")
+
+
+def cache_bin() -> Path:
+    """The folder where `hack/` keeps binaries."""
+    base = os.environ.get("COWHAND_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cowhand"
+    )
+    return Path(base) / "bin"
+
+
+def installed() -> dict[str, str]:
+    """Server name -> path, of every server on this machine, the preferred one first."""
+    found = {}
+    for name in NAMES:
+        path = shutil.which(name) or shutil.which(name, path=str(cache_bin()))
+        if path:
+            found[name] = path
+    return found
+
+
+def find() -> str:
+    """Path of the preferred server; AssertionError that names the remedy if there is none."""
+    servers = installed()
+    assert servers, (
+        "no valkey-server or redis-server on PATH or in the cache: run `hack/store.sh ensure`"
+    )
+    return next(iter(servers.values()))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Store:
+    """One server process; `start` and `kill` may alternate, the data folder stays.
+
+    `acl` is the text of a users.acl; `tls` is (certificate, key, ca) as PEM paths, and makes the port TLS only.
+    """
+
+    def __init__(
+        self,
+        binary: str | None = None,
+        *,
+        acl: str | None = None,
+        tls: tuple[str, str, str] | None = None,
+    ) -> None:
+        self.binary = binary or find()
+        self.folder = Path(tempfile.mkdtemp(prefix="cowhand-store-"))
+        self.port = 0
+        self.acl = acl
+        self.tls = tls
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"{'rediss' if self.tls else 'redis'}://127.0.0.1:{self.port}/0"
+
+    def _arguments(self) -> list[str]:
+        port = ["--port", str(self.port)]
+        if self.tls:
+            cert, key, ca = self.tls
+            port = ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no"]
+            port += ["--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", ca]
+        if self.acl is not None:
+            path = self.folder / "users.acl"
+            path.write_text(self.acl)
+            port += ["--aclfile", str(path)]
+        return [
+            self.binary,
+            *port,
+            *("--bind", "127.0.0.1", "--dir", str(self.folder), "--daemonize", "no"),
+            *("--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
+            *("--maxmemory-policy", "noeviction", "--loglevel", "warning"),
+        ]
+
+    def start(self) -> Store:
+        """Start the server and wait until its port answers; tries another port if this one is taken."""
+        again = self.port != 0
+        for _ in range(5):
+            self.port = self.port if again else free_port()
+            with (self.folder / "server.log").open("ab") as log:
+                self._process = subprocess.Popen(
+                    self._arguments(), stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                )
+            if self._answers():
+                return self
+        raise AssertionError(f"{self.binary} does not start: {self.log_tail()}")
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        for _ in range(400):
+            if self._process.poll() is not None:
+                return False
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=1) as conn:
+                    if self.tls:
+                        return True
+                    conn.sendall(b"PING\r\n")
+                    reply = conn.recv(100)
+                    if reply.startswith((b"+PONG", b"-NOAUTH")):
+                        return True
+            except OSError:
+                pass
+            time.sleep(0.01)
+        return False
+
+    def log_tail(self) -> str:
+        return (self.folder / "server.log").read_text(errors="replace")[-1500:]
+
+    def command(self, *words: str) -> bytes:
+        """One command over a plain connection (no TLS, no ACL); answers the raw reply."""
+        encoded = b"".join(b"$%d\r\n%s\r\n" % (len(w.encode()), w.encode()) for w in words)
+        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as conn:
+            conn.sendall(b"*%d\r\n%s" % (len(words), encoded))
+            reply = conn.recv(65536)
+        assert not reply.startswith(b"-"), reply
+        return reply
+
+    def flush(self) -> None:
+        self.command("FLUSHALL")
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """Stop and remove the data folder."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def restart(self, *, empty: bool = False) -> None:
+        """Crash and come back on the same port; `empty` loses the data, as a reborn volume does."""
+        self.kill()
+        if empty:
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+        self.start()

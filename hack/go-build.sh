@@ -66,7 +66,7 @@ compile() {
 }
 
 component=${1:-}
-[ -n "$component" ] && [ -d "$HACK_DIR/gomods/$component" ] || usage
+if [ -z "$component" ] || [ ! -d "$HACK_DIR/gomods/$component" ]; then usage; fi
 goos=linux
 case $component in kind | helm) goos=$(host_os) ;; esac
 if [ "$component" = kubernetes ] && [ "${2:-}" = host ]; then goos=$(host_os); fi

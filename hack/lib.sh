@@ -12,6 +12,7 @@ ROOT_DIR=$(dirname "$HACK_DIR")
 . "$HACK_DIR/versions.sh"
 
 CACHE=${COWHAND_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/cowhand}
+# shellcheck disable=SC2034
 CLUSTER=${COWHAND_CLUSTER:-cowhand}
 PROBE_SECONDS=10
 
@@ -151,3 +152,26 @@ missing_sys_resource() {
 
 docker_up() { have docker && with_timeout "$PROBE_SECONDS" docker version >/dev/null 2>&1; }
 image_exists() { docker image inspect "$1" >/dev/null 2>&1; }
+
+# can_pull IMAGE: whether the registry of an image answers within the probe's time. COWHAND_OFFLINE=1
+# says no without asking. The engine asks, so that its proxy and mirror settings count.
+can_pull() {
+  if [ "${COWHAND_OFFLINE:-}" = 1 ]; then return 1; fi
+  with_timeout "$PROBE_SECONDS" docker manifest inspect "$1" >/dev/null 2>&1
+}
+
+# keep_image IMAGE TAR: saves an image in the cache, whole or not at all.
+keep_image() {
+  docker save -o "$2.part" "$1"
+  mv "$2.part" "$2"
+}
+
+# docker_build ARGUMENTS...: `docker build` with this machine's proxy settings passed on, and without
+# the attestations that make `ctr images import` fail on images from the newer builder.
+docker_build() {
+  local name
+  for name in HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy; do
+    if [ -n "${!name:-}" ]; then set -- --build-arg "$name" "$@"; fi
+  done
+  BUILDX_NO_DEFAULT_ATTESTATIONS=1 docker build "$@"
+}

@@ -10,9 +10,12 @@ COREDNS_VERSION=1.14.7
 CONTAINERD_VERSION=2.3.7
 RUNC_VERSION=1.5.2
 
+# kubectl where it is downloaded: the release that goes with kind's own default node image.
+KUBECTL_DOWNLOAD_VERSION=1.37.0
+
 # Oldest versions that are taken from PATH instead.
-KIND_MINIMUM=0.27.0
-KUBECTL_MINIMUM=1.31.0
+KIND_MINIMUM=0.30.0
+KUBECTL_MINIMUM=1.33.0
 HELM_MINIMUM=3.14.0
 
 DEBIAN_SUITE=bookworm

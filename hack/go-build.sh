@@ -50,7 +50,7 @@ need_go() {
 cache_dir_for() {
   local hash
   hash=$( (cat "$HACK_DIR/gomods/$1"/go.* && find "$HACK_DIR/gomods/$1" -name '*.go' -exec cat {} + &&
-    ldflags_for "$1" && tags_for "$1") | sha256 | cut -c1-12)
+    ldflags_for "$1" && tags_for "$1") | sha256 - | cut -c1-12)
   echo "$CACHE/go/$1-$2-$(host_arch)-$hash"
 }
 

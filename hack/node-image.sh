@@ -21,11 +21,12 @@ image_name() {
   local hash component
   hash=$( (
     cd "$HACK_DIR"
-    cat node-image/* node-image.sh versions.sh
+    cat node-image/* node-image.sh
+    echo "$KUBERNETES_VERSION $DEBIAN_SUITE"
     for component in $COMPONENTS runc-wrapper; do cat "gomods/$component"/*; done
     restricted
     host_arch
-  ) | sha256 | cut -c1-12)
+  ) | sha256 - | cut -c1-12)
   echo "cowhand/node:v$KUBERNETES_VERSION-$hash"
 }
 
@@ -78,7 +79,7 @@ single() {
     for change in sh mkdir rm cat ls; do ln -s busybox "$root/bin/$change"; done
     set --
   fi
-  tar -C "$root" --numeric-owner --owner=0 --group=0 -c . | docker import "${@:---change=LABEL dev.cowhand.node=}" - "$image"
+  tar -C "$root" --numeric-owner --owner=0 --group=0 -c . | docker import "$@" - "$image"
   rm -rf "$root"
 }
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from support.store import Store
 
 
 @pytest.fixture(scope="session")
 def store_server() -> Iterator[Store]:
-    """One server for the whole run, without password and TLS, AOF on. Do not restart it: make a `Store()` of your own."""
+    """One server for the whole run, AOF on, no password. To restart one, make a `Store()` yourself."""
     server = Store().start()
     yield server
     server.stop()

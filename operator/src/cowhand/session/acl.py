@@ -1,0 +1,101 @@
+"""Users of the store: which keys, channels and commands each of our processes may use.
+
+Pure. `cowhand bootstrap` renders the store's `users.acl` with it, and the tests start a real server with
+the same text. The commands are an allowlist: everything else, above all `@admin` and `@dangerous`
+(CONFIG, FLUSHALL, KEYS, ACL, DEBUG, ...), is refused. The server checks the commands inside of a script
+against the caller's own rules too, so a tenant's script cannot reach another tenant's keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from cowhand.errors import UserError
+
+CONTROL_USERS: Final = ("operator", "broker", "gateway")
+"""Users of the control plane: every tenant's keys."""
+
+COMMANDS: Final = (
+    # connection
+    *("auth", "hello", "ping", "quit", "select", "echo", "time", "wait"),
+    *("client|setinfo", "client|setname", "client|id"),
+    # scripts
+    *("evalsha", "script|load", "script|exists"),
+    # strings and keys
+    *("get", "set", "del", "unlink", "exists", "expire", "pexpire", "persist", "pttl", "type"),
+    # hashes, sets, sorted sets
+    *("hget", "hmget", "hgetall", "hset", "hsetnx", "hdel", "hexists", "hlen"),
+    *("sadd", "srem", "spop", "smembers", "scard", "sismember"),
+    *("zadd", "zrem", "zscore", "zmscore", "zcard", "zcount", "zrange", "zrangebyscore"),
+    # streams
+    *("xadd", "xlen", "xrange", "xrevrange", "xtrim", "xack", "xautoclaim", "xpending"),
+    *("xreadgroup", "xgroup|create", "xgroup|delconsumer"),
+    *("xinfo|groups", "xinfo|stream", "xinfo|consumers"),
+    # nudges
+    *("publish", "subscribe", "unsubscribe"),
+)
+"""What every user may call, on keys and channels of its own."""
+
+CONTROL_COMMANDS: Final = ("scan",)
+"""What only the control plane may call: SCAN answers key names of all tenants."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+
+
+def tenant_user(namespace: str) -> str:
+    """Name of the store user of a tenant: `t-<namespace>`."""
+    return f"t-{namespace}"
+
+
+def acl_rule(user: str, password_sha256: str, *, prefix: str = "cowhand") -> str:
+    """One line of `users.acl`.
+
+    Args:
+        user: `operator`, `broker`, `gateway` or `t-<namespace>`.
+        password_sha256: hex SHA-256 of the password, lower case.
+        prefix: first part of every key.
+
+    Raises:
+        UserError: a name or a hash that would not be safe in an ACL file.
+    """
+    if not _SHA256.fullmatch(password_sha256):
+        raise UserError(f"password of store user {user} is not given as hex SHA-256")
+    if not _NAME.fullmatch(prefix):
+        raise UserError(f"store prefix {prefix!r} is not a DNS label", field="prefix")
+    head = f"user {user} on #{password_sha256} resetkeys resetchannels"
+    if user in CONTROL_USERS:
+        scope = f"~{prefix}:* &{prefix}:*"
+        commands = (*COMMANDS, *CONTROL_COMMANDS)
+    elif user.startswith("t-") and _NAME.fullmatch(user[2:]):
+        tenant = f"{prefix}:{user[2:]}"
+        scope = f"~{tenant}:* %R~{prefix}:gen &{tenant}:*"
+        commands = COMMANDS
+    else:
+        known = ", ".join(CONTROL_USERS)
+        raise UserError(f"store user {user!r} is none of {known} or t-<namespace>")
+    allowed = " ".join(f"+{command}" for command in commands)
+    return f"{head} {scope} -@all {allowed}"
+
+
+def users_acl(passwords: Mapping[str, str], tenants: Sequence[str], prefix: str = "cowhand") -> str:
+    """The whole `users.acl`: default user off, the control plane's users, one user for each tenant.
+
+    Args:
+        passwords: user name -> hex SHA-256 of its password; needs `operator`, `broker`, `gateway` and
+            `t-<namespace>` of each tenant; others are left out.
+        tenants: namespaces that are served.
+        prefix: first part of every key.
+
+    Raises:
+        UserError: a user has no password, or a name or hash is malformed.
+    """
+    users = (*CONTROL_USERS, *(tenant_user(namespace) for namespace in tenants))
+    missing = [user for user in users if user not in passwords]
+    if missing:
+        raise UserError(f"no password for store user {', '.join(missing)}")
+    lines = ["user default off resetpass resetkeys resetchannels -@all"]
+    lines += [acl_rule(user, passwords[user], prefix=prefix) for user in users]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,476 @@
+"""The rig of the e2e tests: kubectl, the `cowhand` command, the scripted model server and SIGKILL.
+
+Everything goes the way a user goes (kubectl and the CLI), except for two things that no user has: the
+control port of the scripted model server (gates hold a turn at a named place) and the container
+runtime of the kind node (a real SIGKILL of a container's processes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SYSTEM = os.environ.get("COWHAND_SYSTEM_NAMESPACE", "cowhand-system")
+PATIENCE = 180.0
+"""Seconds after which a wait gives up; nothing asserts a time, this only bounds a failure."""
+
+Json = dict[str, Any]
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def eventually(what: str, probe: Callable[[], Any], *, patience: float = PATIENCE) -> Any:
+    """Call `probe` until it answers something true; fail with its last answer or error."""
+    deadline = time.monotonic() + patience
+    last: object = None
+    while time.monotonic() < deadline:
+        try:
+            last = probe()
+            if last:
+                return last
+        except (subprocess.CalledProcessError, urllib.error.URLError, OSError, KeyError) as err:
+            last = getattr(err, "stderr", None) or err
+        time.sleep(0.25)
+    raise AssertionError(f"{what}: not within {patience:.0f} s; last seen: {last!r}")
+
+
+class Cluster:
+    """kubectl on the test cluster."""
+
+    def __init__(self) -> None:
+        self.kubeconfig = _output(str(ROOT / "hack/cluster.sh"), "kubeconfig")
+        self.binary = _output(str(ROOT / "hack/tools.sh"), "path", "kubectl")
+
+    def env(self) -> dict[str, str]:
+        path = f"{pathlib.Path(self.binary).parent}:{os.environ['PATH']}"
+        return {**os.environ, "KUBECONFIG": self.kubeconfig, "PATH": path}
+
+    def kubectl(self, *args: str, stdin: str | None = None, check: bool = True) -> str:
+        done = subprocess.run(
+            [self.binary, *args],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            env=self.env(),
+            check=False,
+        )
+        if check and done.returncode:
+            raise subprocess.CalledProcessError(
+                done.returncode, ["kubectl", *args], done.stdout, done.stderr
+            )
+        return done.stdout if check else done.stdout + done.stderr
+
+    def get(self, kind: str, name: str, namespace: str) -> Json | None:
+        out = self.kubectl("-n", namespace, "get", kind, name, "-o", "json", "--ignore-not-found")
+        return json.loads(out) if out.strip() else None
+
+    def items(self, kind: str, namespace: str, selector: str = "") -> list[Json]:
+        args = ["-n", namespace, "get", kind, "-o", "json"]
+        found: list[Json] = json.loads(
+            self.kubectl(*args, *(["-l", selector] if selector else []))
+        )["items"]
+        return found
+
+    def apply(self, *manifests: Json) -> None:
+        body = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)})
+        self.kubectl("apply", "--server-side", "-f", "-", stdin=body)
+
+    def sigkill(self, pod: Json, *containers: str) -> None:
+        """SIGKILL the main process of these containers (all, if none is named) on the node."""
+        status = pod["status"]
+        node = pod["spec"]["nodeName"]
+        for entry in [
+            *status.get("containerStatuses", []),
+            *status.get("initContainerStatuses", []),
+        ]:
+            if "running" not in entry.get("state", {}):
+                continue
+            if containers and entry["name"] not in containers:
+                continue
+            container = entry["containerID"].removeprefix("containerd://")
+            command = ["ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", container]
+            subprocess.run(["docker", "exec", node, *command], check=False, capture_output=True)
+
+    def kill_pod(self, pod: Json) -> None:
+        """SIGKILL every process of a pod and remove the pod at once."""
+        self.sigkill(pod)
+        meta = pod["metadata"]
+        self.kubectl(
+            "-n",
+            meta["namespace"],
+            "delete",
+            "pod",
+            meta["name"],
+            "--grace-period=0",
+            "--force",
+            "--wait=false",
+            "--ignore-not-found",
+        )
+
+
+class Forward:
+    """A `kubectl port-forward` to a Service, renewed when it breaks."""
+
+    def __init__(self, cluster: Cluster, namespace: str, target: str, port: int) -> None:
+        self._command = [
+            cluster.binary,
+            "-n",
+            namespace,
+            "port-forward",
+            target,
+            f":{port}",
+        ]
+        self._env = cluster.env()
+        self._process: subprocess.Popen[str] | None = None
+        self._port = 0
+
+    def port(self) -> int:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=self._env,
+            )
+            assert self._process.stdout is not None
+            line = self._process.stdout.readline()
+            match = re.search(r"127\.0\.0\.1:(\d+)", line)
+            if match is None:
+                self.close()
+                raise OSError(f"port-forward: {line.strip()}")
+            self._port = int(match.group(1))
+            threading.Thread(target=self._process.stdout.read, daemon=True).start()
+        return self._port
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+class ModelServer:
+    """The control port of the scripted model server."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._forward = Forward(cluster, SYSTEM, "svc/cowhand-model-server", 8080)
+
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
+        def once() -> Any:
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{self._forward.port()}{path}",
+                method=method,
+                data=None if body is None else json.dumps(body).encode(),
+                headers={"content-type": "application/json"},
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    raw = answer.read()
+            except urllib.error.HTTPError:
+                raise
+            except OSError:
+                self._forward.close()
+                raise
+            return (json.loads(raw) if raw else None, True)
+
+        return eventually(f"model server {method} {path}", once, patience=60)[0]
+
+    def script(self, *turns: Json) -> str:
+        """Register a script; answers the marker that a message must hold."""
+        name = f"t{uuid.uuid4().hex[:10]}"
+        self._call("PUT", f"/_control/scripts/{name}", {"turns": list(turns)})
+        return f"[[script:{name}]]"
+
+    def release(self, gate: str) -> None:
+        self._call("POST", f"/_control/release/{gate}")
+
+    def gates(self) -> Any:
+        return self._call("GET", "/_control/gates")
+
+    def wait_gate(self, gate: str) -> None:
+        """Until a request waits at this gate."""
+        eventually(f"a request at gate {gate}", lambda: gate in json.dumps(self.gates()))
+
+    def requests(self, session_id: str) -> list[Json]:
+        """Requests of a session as received, each with `body` (raw text) and `json`."""
+        query = urllib.parse.urlencode({"session": session_id})
+        found = self._call("GET", f"/_control/requests?{query}")
+        rows = found["requests"] if isinstance(found, dict) else found
+        return [{**row, "json": json.loads(row["body"])} for row in rows]
+
+    def close(self) -> None:
+        self._forward.close()
+
+
+class Follower:
+    """`cowhand events -f --raw`: the log of a session as it grows."""
+
+    def __init__(self, cluster: Cluster, namespace: str, name: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cowhand", "-n", namespace, "events", "-f", "--raw", name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=cluster.env(),
+        )
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.seen: list[Json] = []
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def until(self, what: str, match: Callable[[Json], bool], patience: float = PATIENCE) -> Json:
+        """The first event, from the last one looked at on, for which `match` holds."""
+        deadline = time.monotonic() + patience
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                line = self._lines.get(timeout=max(left, 0.01))
+            except queue.Empty:
+                tail = [event["type"] for event in self.seen[-12:]]
+                raise AssertionError(f"{what}: not seen in the log; the last: {tail}") from None
+            if line is None:
+                assert self._process.stderr is not None
+                raise AssertionError(f"{what}: events ended: {self._process.stderr.read()}")
+            event = decode(line)
+            self.seen.append(event)
+            if match(event):
+                return event
+
+    def until_type(self, kind: str, patience: float = PATIENCE) -> Json:
+        return self.until(kind, lambda event: event["type"] == kind, patience)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+def decode(line: str) -> Json:
+    """One NDJSON line of the raw log, with the payload's `d` as `data`."""
+    event: Json = json.loads(line)
+    payload = event.get("payload") or {}
+    if isinstance(payload, str):
+        payload = json.loads(payload) if payload else {}
+    event["data"] = payload.get("d", {})
+    return event
+
+
+class Session:
+    """One AgentSession of a test."""
+
+    def __init__(self, rig: Rig, namespace: str, name: str) -> None:
+        self.rig, self.namespace, self.name = rig, namespace, name
+
+    def resource(self) -> Json:
+        found = self.rig.cluster.get("agentsession", self.name, self.namespace)
+        assert found is not None, f"agentsession {self.name} is gone"
+        return found
+
+    @property
+    def id(self) -> str:
+        found = eventually(
+            f"session id of {self.name}",
+            lambda: self.resource().get("status", {}).get("sessionID"),
+        )
+        assert isinstance(found, str)
+        return found
+
+    @contextlib.contextmanager
+    def follow(self) -> Iterator[Follower]:
+        assert self.id
+        follower = Follower(self.rig.cluster, self.namespace, self.name)
+        try:
+            yield follower
+        finally:
+            follower.close()
+
+    def log(self) -> list[Json]:
+        out = self.rig.cowhand("-n", self.namespace, "events", "--raw", self.name)
+        return [decode(line) for line in out.splitlines()]
+
+    def condition(self, kind: str) -> Json:
+        conditions = self.resource().get("status", {}).get("conditions", [])
+        return next((c for c in conditions if c["type"] == kind), {"status": "Missing"})
+
+    def wait_turn(self, turns: int = 1) -> list[Json]:
+        """Until the log has that many ends of a turn; answers the log."""
+
+        def done() -> list[Json] | None:
+            log = self.log()
+            ends = [
+                e
+                for e in log
+                if e["type"] == "session.status_idle"
+                and e["data"]["stop_reason"]["type"] != "suspended"
+            ]
+            return log if len(ends) >= turns else None
+
+        found = eventually(f"turn {turns} of {self.name}", done)
+        assert isinstance(found, list)
+        return found
+
+    def send(self, text: str) -> None:
+        self.rig.cowhand("-n", self.namespace, "send", self.name, text)
+
+    def pods(self) -> list[Json]:
+        return self.rig.cluster.items("pods", self.namespace, f"cowhand.dev/session-id={self.id}")
+
+    def sandbox_pod(self) -> Json:
+        pods = [p for p in self.pods() if p["status"]["phase"] == "Running"]
+        assert pods, "no sandbox pod runs"
+        return pods[-1]
+
+    def holder(self) -> Json:
+        """The harness pod that holds the lease, by the last `session.wake` of the log."""
+        wake = [e for e in self.log() if e["type"] == "session.wake"][-1]
+        uid = wake["lease"].split(":")[1].split(".")[0]
+        for pod in self.rig.cluster.items(
+            "pods", self.namespace, "app.kubernetes.io/component=harness"
+        ):
+            if pod["metadata"]["uid"] == uid:
+                return pod
+        raise AssertionError(f"no harness pod has uid {uid}")
+
+
+class Rig:
+    """What a test gets."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster()
+        self.model = ModelServer(self.cluster)
+
+    def cowhand(self, *args: str, check: bool = True) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "cowhand", *args],
+            capture_output=True,
+            text=True,
+            env=self.cluster.env(),
+            check=False,
+        )
+        if check and done.returncode:
+            raise subprocess.CalledProcessError(
+                done.returncode, ["cowhand", *args], done.stdout, done.stderr
+            )
+        return done.stdout if check else done.stdout + done.stderr
+
+    def session(self, message: str, *, namespace: str = "default", **spec: Any) -> Session:
+        """Apply an AgentSession with an inline agent."""
+        session = Session(self, namespace, f"e2e-{uuid.uuid4().hex[:8]}")
+        self.cluster.apply(manifest(session.name, namespace, message=message, **spec))
+        return session
+
+    def delete(self, session: Session) -> None:
+        self.cluster.kubectl(
+            "-n",
+            session.namespace,
+            "delete",
+            "agentsession",
+            session.name,
+            "--ignore-not-found",
+            "--wait=false",
+        )
+
+    def close(self) -> None:
+        self.model.close()
+
+
+def manifest(name: str, namespace: str, **spec: Any) -> Json:
+    """An AgentSession with an inline agent."""
+    if not {"agent", "agentRef"} & spec.keys():
+        spec["agent"] = {"model": {"id": "claude-sonnet-5-5"}, "system": "You are a test."}
+    return {
+        "apiVersion": "cowhand.dev/v1alpha1",
+        "kind": "AgentSession",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": spec,
+    }
+
+
+def tool(name: str, **tool_input: Any) -> Json:
+    """A tool_use block of a script."""
+    return {"type": "tool_use", "name": name, "input": tool_input}
+
+
+def bash(command: str, **more: Any) -> Json:
+    return tool("bash", command=command, **more)
+
+
+def say(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+COUNT = "n=$(cat /workspace/counter 2>/dev/null || echo 0); echo $((n+1)) > /workspace/counter; cat /workspace/counter"
+"""Grows a counter in /workspace by one: shows how often an effect really ran."""
+
+
+def check_log(log: list[Json]) -> None:
+    """The invariants of every log: dense, unique, fenced, one result for each tool_use."""
+    assert [e["seq"] for e in log] == list(range(1, len(log) + 1)), "positions are not dense"
+    ids = [e["id"] for e in log]
+    assert len(ids) == len(set(ids)), "an event id stands twice"
+    lease = ""
+    for event in log:
+        if event["type"] == "session.wake":
+            lease = event["lease"] or event["id"]
+        elif event["lease"]:
+            assert event["lease"] == lease, f"event {event['seq']} by a lease that had ended"
+    uses = [
+        block["id"]
+        for event in log
+        if event["type"] == "model.response"
+        for block in event["data"]["message"]["content"]
+        if block["type"] == "tool_use"
+    ]
+    results = [e["data"]["tool_use_id"] for e in log if e["type"] == "tool.result"]
+    assert sorted(results) == sorted(uses), "a tool_use has not exactly one result"
+
+
+def check_requests(requests: list[Json]) -> None:
+    """Each request repeats the one before it byte for byte, or extends it."""
+
+    def canonical(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: canonical(v) for k, v in value.items() if k != "cache_control"}
+        return [canonical(v) for v in value] if isinstance(value, list) else value
+
+    assert requests, "the model server saw no request"
+    for before, after in zip(requests, requests[1:], strict=False):
+        old, new = before["json"]["messages"], after["json"]["messages"]
+        if len(old) == len(new) and canonical(old) == canonical(new):
+            assert before["body"] == after["body"], "a repeated request differs in its bytes"
+        assert json.dumps(canonical(new[: len(old) - 1])) == json.dumps(
+            canonical(old[: len(old) - 1])
+        ), "a request does not begin with the one before"
+        last_old, last_new = canonical(old[-1]), canonical(new[len(old) - 1])
+        assert last_new["content"][: len(last_old["content"])] == last_old["content"]
+        for part in ("system", "tools", "model"):
+            assert canonical(before["json"].get(part)) == canonical(after["json"].get(part))
+
+
+def final_text(log: list[Json]) -> str:
+    """Text of the last response."""
+    message = [e for e in log if e["type"] == "model.response"][-1]["data"]["message"]
+    return "".join(b["text"] for b in message["content"] if b["type"] == "text")

@@ -1,1 +1,1 @@
-"""The Kubernetes API: the only importer of the `kubernetes` client."""
+"""The only importer of the Kubernetes client: kinds, the protocol `Kube`, errors."""

@@ -8,6 +8,7 @@ runtime of the kind node (a real SIGKILL of a container's processes).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -457,7 +458,7 @@ def check_requests(requests: list[Json]) -> None:
         return [canonical(v) for v in value] if isinstance(value, list) else value
 
     assert requests, "the model server saw no request"
-    for before, after in zip(requests, requests[1:], strict=False):
+    for before, after in itertools.pairwise(requests):
         old, new = before["json"]["messages"], after["json"]["messages"]
         if len(old) == len(new) and canonical(old) == canonical(new):
             assert before["body"] == after["body"], "a repeated request differs in its bytes"

@@ -126,7 +126,8 @@ def _haystacks(rig: Rig, session: Session) -> dict[str, str]:
     scan = (
         "env; cat /proc/*/environ /proc/*/cmdline 2>/dev/null | tr '\\0' '\\n'; "
         "find / -xdev -type f -newer /proc/1/cmdline -size -200k 2>/dev/null | head -500 | "
-        "xargs -r -d '\\n' cat 2>/dev/null; cat /run/secrets/*/* /var/run/secrets/*/* /var/run/secrets/*/*/* 2>/dev/null; true"
+        "xargs -r -d '\\n' cat 2>/dev/null; "
+        "cat /run/secrets/*/* /var/run/secrets/*/* /var/run/secrets/*/*/* 2>/dev/null; true"
     )
     kubectl = rig.cluster.kubectl
     places = {

@@ -1,0 +1,77 @@
+"""The custom resources of `cowhand.dev/v1alpha1`."""
+
+from cowhand.api.meta import Condition, LocalRef, ObjectMeta, SecretKeyRef
+from cowhand.api.v1alpha1.agent import (
+    ALL_TOOLS,
+    DEFAULT_HANDS,
+    TOOL_NAMES,
+    Agent,
+    AgentSpec,
+    Hand,
+    ModelSpec,
+    Permission,
+    SandboxHand,
+    Tool,
+    ToolName,
+)
+from cowhand.api.v1alpha1.environment import (
+    ComputeResources,
+    Environment,
+    EnvironmentSpec,
+    EnvVar,
+    Networking,
+)
+from cowhand.api.v1alpha1.files import ConfigMapSource, FileResource, KeyToPath
+from cowhand.api.v1alpha1.sandbox import Holder, Sandbox, SandboxSpec, SandboxStatus
+from cowhand.api.v1alpha1.session import (
+    AgentSession,
+    AgentSessionSpec,
+    AgentSessionStatus,
+    Budget,
+    ErrorStatus,
+    HandStatus,
+    Message,
+    OperatingMode,
+    PinnedAgent,
+    Usage,
+)
+
+__all__ = [
+    "ALL_TOOLS",
+    "DEFAULT_HANDS",
+    "TOOL_NAMES",
+    "Agent",
+    "AgentSession",
+    "AgentSessionSpec",
+    "AgentSessionStatus",
+    "AgentSpec",
+    "Budget",
+    "ComputeResources",
+    "Condition",
+    "ConfigMapSource",
+    "EnvVar",
+    "Environment",
+    "EnvironmentSpec",
+    "ErrorStatus",
+    "FileResource",
+    "Hand",
+    "HandStatus",
+    "Holder",
+    "KeyToPath",
+    "LocalRef",
+    "Message",
+    "ModelSpec",
+    "Networking",
+    "ObjectMeta",
+    "OperatingMode",
+    "Permission",
+    "PinnedAgent",
+    "Sandbox",
+    "SandboxHand",
+    "SandboxSpec",
+    "SandboxStatus",
+    "SecretKeyRef",
+    "Tool",
+    "ToolName",
+    "Usage",
+]

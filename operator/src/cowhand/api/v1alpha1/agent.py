@@ -1,0 +1,116 @@
+"""Agent: model, system prompt, tools and hands of a session; pinned into the session when it starts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import ConfigDict, Field, model_validator
+
+from cowhand.api.labels import API_VERSION
+from cowhand.api.markers import cel, list_map, merge
+from cowhand.api.meta import DNS_LABEL, Int32, LocalRef, Model, ObjectMeta, SecretKeyRef
+
+BASE_URL = (
+    r"^https?://([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?"
+    r"(/[A-Za-z0-9._~/-]*)?$"
+)
+
+ToolName: TypeAlias = Literal["bash", "read", "write", "edit", "glob", "grep"]
+Permission: TypeAlias = Literal["Allow", "Ask", "Deny"]
+
+TOOL_NAMES: tuple[ToolName, ...] = ("bash", "read", "write", "edit", "glob", "grep")
+"""Tools that an agent has when it names none, in the order the model sees them."""
+
+ONE_HAND = (
+    "an agent has one hand in this version: keep one entry of hands (several hands come with a "
+    "later version)"
+)
+
+
+class ModelSpec(Model):
+    """Which model answers, and where."""
+
+    id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^\S+$")]
+    """id of the model as the Messages API knows it."""
+    max_tokens: Annotated[Int32, Field(ge=1, le=128_000)] = 8192
+    """maxTokens is the most tokens that one response may have."""
+    base_url: Annotated[str, Field(min_length=8, max_length=512, pattern=BASE_URL)] | None = None
+    """baseURL of the Messages API without /v1/messages and without a query; default the chart's
+    model.baseURL."""
+    secret_ref: SecretKeyRef | None = None
+    """secretRef names the Secret that holds the model key; default the chart's model.secretName. The
+    Secret's annotation cowhand.dev/allowed-hosts must list the host of the base URL."""
+
+
+class Tool(Model):
+    """One built-in tool and whether it may run."""
+
+    name: ToolName
+    """name of the tool."""
+    permission: Permission = "Allow"
+    """permission is Allow (runs at once), Ask (waits for an approval) or Deny (never runs)."""
+
+
+class SandboxHand(Model):
+    """A hand that is a sandbox pod of the session's own."""
+
+    environment_ref: LocalRef | None = None
+    """environmentRef names the Environment of this hand; default the session's."""
+    provisioning: Literal["Lazy", "Eager"] = "Lazy"
+    """provisioning is Lazy (made by the first tool call) or Eager (made with the session)."""
+
+
+class Hand(Model):
+    """One hand of the agent."""
+
+    name: Annotated[str, Field(min_length=1, max_length=20, pattern=DNS_LABEL)]
+    """name of the hand, a DNS label."""
+    sandbox: SandboxHand
+    """sandbox makes this hand a sandbox pod."""
+
+
+ALL_TOOLS: tuple[Tool, ...] = tuple(Tool(name=name) for name in TOOL_NAMES)
+DEFAULT_HANDS: tuple[Hand, ...] = (Hand(name="sandbox", sandbox=SandboxHand()),)
+
+
+class AgentSpec(Model):
+    """What an agent is: everything but the work it is given."""
+
+    model: ModelSpec
+    """model says which model answers, and where."""
+    system: Annotated[str, Field(max_length=100_000)] | None = None
+    """system is the system prompt."""
+    tools: Annotated[tuple[Tool, ...], Field(max_length=6, json_schema_extra=list_map("name"))] = (
+        ALL_TOOLS
+    )
+    """tools that the agent has, and their permissions. Absent: all six, allowed. Given: only those
+    that are named."""
+    hands: Annotated[
+        tuple[Hand, ...],
+        Field(
+            min_length=1,
+            max_length=16,
+            json_schema_extra=merge(list_map("name"), cel("self.size() <= 1", ONE_HAND)),
+        ),
+    ] = DEFAULT_HANDS
+    """hands of the agent, where its tools run. Absent: one lazy sandbox called "sandbox"."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AgentSpec:
+        if len(self.hands) > 1:
+            raise ValueError(f"hands: {ONE_HAND}")
+        if len({tool.name for tool in self.tools}) != len(self.tools):
+            raise ValueError("tools: each tool may be named once")
+        return self
+
+
+class Agent(Model):
+    """An agent: model, system prompt, tools, permissions and hands."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    api_version: Literal["cowhand.dev/v1alpha1"] = API_VERSION
+    kind: Literal["Agent"] = "Agent"
+    metadata: ObjectMeta = ObjectMeta()
+    spec: AgentSpec
+    """spec is what the user wants."""

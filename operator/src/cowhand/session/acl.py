@@ -20,7 +20,7 @@ CONTROL_USERS: Final = ("operator", "broker", "gateway")
 COMMANDS: Final = (
     # connection
     *("auth", "hello", "ping", "quit", "select", "echo", "time", "wait"),
-    *("client|setinfo", "client|setname", "client|id"),
+    *("client|setname", "client|id"),
     # scripts
     *("evalsha", "script|load", "script|exists"),
     # strings and keys
@@ -65,14 +65,14 @@ def acl_rule(user: str, password_sha256: str, *, prefix: str = "cowhand") -> str
         raise UserError(f"password of store user {user} is not given as hex SHA-256")
     if not _NAME.fullmatch(prefix):
         raise UserError(f"store prefix {prefix!r} is not a DNS label", field="prefix")
+    commands: tuple[str, ...] = COMMANDS
     head = f"user {user} on #{password_sha256} resetkeys resetchannels"
     if user in CONTROL_USERS:
         scope = f"~{prefix}:* &{prefix}:*"
-        commands = (*COMMANDS, *CONTROL_COMMANDS)
+        commands += CONTROL_COMMANDS
     elif user.startswith("t-") and _NAME.fullmatch(user[2:]):
         tenant = f"{prefix}:{user[2:]}"
         scope = f"~{tenant}:* %R~{prefix}:gen &{tenant}:*"
-        commands = COMMANDS
     else:
         known = ", ".join(CONTROL_USERS)
         raise UserError(f"store user {user!r} is none of {known} or t-<namespace>")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
-import logging
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from cowhand import settings
+from cowhand.telemetry import logging
 
 Run: TypeAlias = Callable[[Any], Awaitable[None]]
 
@@ -60,7 +60,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def _run_egress(args: argparse.Namespace) -> int:
-    _log_to_stderr()
+    logging.setup(args.command)
     function, _ = EGRESS[args.command]
     result: int = getattr(importlib.import_module("cowhand.proxy.egress"), function)()
     return result
@@ -69,7 +69,7 @@ def _run_egress(args: argparse.Namespace) -> int:
 def _run_process(args: argparse.Namespace) -> int:
     process = PROCESSES[args.command]
     loaded = process.load()
-    _log_to_stderr()
+    logging.setup(args.command)
     run: Run = importlib.import_module(f"cowhand.{process.package}.run").run
     return asyncio.run(until_terminated(run, loaded))
 
@@ -95,7 +95,3 @@ async def until_terminated(run: Run, loaded: Any) -> int:
         if not stopped.is_set():
             raise
     return 0
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")

@@ -1,0 +1,362 @@
+"""The HTTP API: routes, and what every request goes through (identity, tenant, right, errors).
+
+`build` makes the aiohttp application from its dependencies; `gateway.run` serves it over TLS, tests serve
+it on loopback. Nothing here outlives a request except caches that may be lost at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from aiohttp import web
+
+from cowhand import __version__
+from cowhand.errors import CowhandError, SessionNotFound, UserError
+from cowhand.gateway import exec as sandbox_exec
+from cowhand.gateway import log as rawlog
+from cowhand.gateway import messages, paging
+from cowhand.gateway.auth import Authority, Caller, Clock, Expiring, Right
+from cowhand.gateway.broker import Broker
+from cowhand.gateway.errors import NotFound, answer, envelope
+from cowhand.gateway.pump import Follower
+from cowhand.gateway.sessions import session_object
+from cowhand.gateway.sse import PING, Renderer, error_frame, resume_position
+from cowhand.gateway.window import chunks, context_at
+from cowhand.session import events as ev
+from cowhand.session.log import SessionLog, SessionState
+
+MAX_BODY: Final = 1024 * 1024
+UNSEEN_TTL_S: Final = 60.0
+HEALTH_TTL_S: Final = 5.0
+HEALTH_TIMEOUT_S: Final = 2.0
+NO_SESSION: Final = "sesn_" + "0" * 32
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Gateway:
+    """Dependencies and caches of the application.
+
+    Attributes:
+        authority: identity and rights.
+        logs: session logs by namespace (tenant).
+        executor: runs commands in sandboxes.
+        broker: for `/healthz`.
+        clock: monotonic seconds.
+        stopping: set when the process goes down; ends the streams.
+        ids: ids of recent requests.
+        unseen: session -> position of a message that came while nobody was streaming. Official
+            quickstarts send first and open the stream second: their stream begins here.
+        streams: session -> number of open streams.
+    """
+
+    authority: Authority
+    logs: Mapping[str, SessionLog]
+    executor: sandbox_exec.Executor
+    broker: Broker
+    clock: Clock = time.monotonic
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    ids: messages.Ids = field(default_factory=messages.Ids)
+    unseen: Expiring[int] = field(init=False)
+    health: Expiring[dict[str, str]] = field(init=False)
+    streams: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.unseen = Expiring(self.clock)
+        self.health = Expiring(self.clock)
+
+
+GATEWAY: Final = web.AppKey("gateway", Gateway)
+REQUEST_ID: Final = "cowhand.request_id"
+
+
+def build(gateway: Gateway) -> web.Application:
+    """The application."""
+    app = web.Application(middlewares=[_errors], client_max_size=MAX_BODY)
+    app[GATEWAY] = gateway
+    app.add_routes(
+        [
+            web.get("/healthz", healthz, allow_head=False),
+            web.get("/v1/sessions/{id}", get_session, allow_head=False),
+            web.get("/v1/sessions/{id}/events", list_events, allow_head=False),
+            web.post("/v1/sessions/{id}/events", send_events),
+            web.get("/v1/sessions/{id}/events/stream", stream_events, allow_head=False),
+            web.get("/v1/sessions/{id}/log", read_log, allow_head=False),
+            web.post("/v1/namespaces/{namespace}/sandboxes/{name}/exec", execute),
+        ]
+    )
+    return app
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give each request an id, and each error the envelope of the API."""
+    request_id = request[REQUEST_ID] = f"req_{secrets.token_hex(12)}"
+    try:
+        response = await handler(request)
+    except web.HTTPException as err:
+        response = _json(envelope(err.status, _http_message(request, err), request_id), err.status)
+    except CowhandError as err:
+        failed = answer(err, request_id)
+        response = _json(failed.body, failed.status, failed.headers)
+    except (ConnectionError, asyncio.CancelledError):
+        raise
+    except Exception as err:
+        logger.exception("request failed", extra={"request_id": request_id, "path": request.path})
+        failed = answer(err, request_id)
+        response = _json(failed.body, failed.status, failed.headers)
+    if not response.prepared:
+        response.headers["request-id"] = request_id
+    return response
+
+
+def _http_message(request: web.Request, err: web.HTTPException) -> str:
+    if err.status == 413:
+        return f"the body is larger than {MAX_BODY} bytes"
+    if err.status == 404:
+        return f"{request.method} {request.path}: no such resource here"
+    if err.status == 405:
+        return f"{request.method} is not allowed on {request.path}"
+    return err.reason
+
+
+def _json(
+    body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    raw = json.dumps(body, ensure_ascii=False).encode()
+    return web.Response(
+        body=raw, status=status, headers=headers, content_type="application/json", charset="utf-8"
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """A session that a caller wants something of."""
+
+    caller: Caller
+    log: SessionLog
+    state: SessionState
+
+    @property
+    def session_id(self) -> str:
+        """The session's id."""
+        return self.state.meta.session_id
+
+    def right(self, verb: str, subresource: str) -> Right:
+        """A right on this session; one without an AgentSession has its id for a name."""
+        meta = self.state.meta
+        return Right(verb, subresource, meta.namespace, meta.name or meta.session_id)
+
+
+async def _caller(request: web.Request) -> Caller:
+    headers = request.headers
+    authority = request.app[GATEWAY].authority
+    return await authority.authenticate(headers.get("Authorization"), headers.get("X-Api-Key"))
+
+
+async def _target(request: web.Request, *rights: tuple[str, str]) -> Target:
+    """Who asks, and for which session; every right of `rights` (verb, subresource) is checked.
+
+    Somebody without the right gets 403 in a namespace that they named, whether the session is there
+    or not; without a namespace the session's own is asked, and an unknown session is 404.
+    """
+    gateway = request.app[GATEWAY]
+    caller = await _caller(request)
+    session_id = request.match_info["id"]
+    named = request.headers.get("anthropic-workspace-id") or request.query.get("namespace") or ""
+    if named and named not in gateway.logs:
+        raise NotFound(f"namespace {named} is not served here (chart value `tenants`)")
+    for namespace in (named,) if named else tuple(gateway.logs):
+        try:
+            state = await gateway.logs[namespace].get_session(session_id)
+        except SessionNotFound:
+            continue
+        target = Target(caller, gateway.logs[namespace], state)
+        for verb, subresource in rights:
+            await gateway.authority.authorize(caller, target.right(verb, subresource))
+        return target
+    if named:
+        for verb, subresource in rights:
+            await gateway.authority.authorize(caller, Right(verb, subresource, named))
+    where = f" in namespace {named}" if named else ""
+    raise SessionNotFound(f"there is no session {session_id}{where}")
+
+
+READ: Final = ("get", "events")
+
+
+async def healthz(request: web.Request) -> web.Response:
+    """200 while the process serves; says whether store and broker answer (`cowhand doctor`)."""
+    gateway = request.app[GATEWAY]
+    found = gateway.health.get("health")
+    if found is None:
+        store, broker = await asyncio.gather(_store_health(gateway), _broker_health(gateway))
+        found = {"status": "ok", "version": __version__, "store": store, "broker": broker}
+        gateway.health.put("health", found, HEALTH_TTL_S)
+    return _json(found)
+
+
+async def _store_health(gateway: Gateway) -> str:
+    for log in gateway.logs.values():
+        try:
+            await asyncio.wait_for(log.get_session(NO_SESSION), HEALTH_TIMEOUT_S)
+        except SessionNotFound:
+            return "ok"
+        except (CowhandError, TimeoutError) as err:
+            return str(err) or "no answer"
+    return "ok"
+
+
+async def _broker_health(gateway: Gateway) -> str:
+    try:
+        healthy = await asyncio.wait_for(gateway.broker.healthy(), HEALTH_TIMEOUT_S)
+    except TimeoutError:
+        healthy = False
+    return "ok" if healthy else "no answer"
+
+
+async def get_session(request: web.Request) -> web.Response:
+    """`GET /v1/sessions/{id}`."""
+    target = await _target(request, READ)
+    last = target.state.next_seq - 1
+    created = await target.log.get_events(target.session_id, 1, 1)
+    newest = await target.log.get_events(target.session_id, last, last)
+    if not created or not newest:
+        raise SessionNotFound(f"the log of session {target.session_id} is gone")
+    return _json(session_object(target.state, created[0], newest[0]))
+
+
+async def list_events(request: web.Request) -> web.Response:
+    """`GET /v1/sessions/{id}/events`."""
+    query = paging.parse(request.query)
+    target = await _target(request, READ)
+    return _json(await paging.page(target.log, target.session_id, query))
+
+
+async def send_events(request: web.Request) -> web.Response:
+    """`POST /v1/sessions/{id}/events`."""
+    gateway = request.app[GATEWAY]
+    await _caller(request)  # before the body is read: strangers do not make us parse a megabyte
+    session_id = request.match_info["id"]
+    body = await request.read()
+    incoming = messages.parse(body, session_id)
+    confirming = {item.type == ev.USER_TOOL_CONFIRMATION for item in incoming}
+    rights = [("create", "approvals" if confirms else "messages") for confirms in confirming]
+    target = await _target(request, *rights)
+    await messages.check_pending(target.log, target.state, incoming)
+    retry = request.headers.get("x-stainless-retry-count", "0")
+    ids = gateway.ids.of(
+        target.caller, session_id, body, len(incoming), int(retry) if retry.isdecimal() else 0
+    )
+    events = messages.compose(incoming, target.caller, ids)
+    echoes, first = await messages.write(target.log, session_id, events)
+    if not gateway.streams.get(session_id):
+        gateway.unseen.put(session_id, first, UNSEEN_TTL_S)
+    return _json({"data": echoes})
+
+
+def _stream_response(content_type: str) -> web.StreamResponse:
+    return web.StreamResponse(
+        headers={
+            "Content-Type": content_type,
+            "Cache-Control": "no-cache",
+            "X-Accel-Buffering": "no",
+        }
+    )
+
+
+async def stream_events(request: web.Request) -> web.StreamResponse:
+    """`GET /v1/sessions/{id}/events/stream`."""
+    gateway = request.app[GATEWAY]
+    resume = resume_position(request.headers.get("Last-Event-ID"), request.query)
+    target = await _target(request, READ)
+    session_id = target.session_id
+    if resume is None:
+        start = gateway.unseen.pop(session_id) or target.state.next_seq
+    else:
+        start = max(1, resume[0])
+    context = await context_at(target.log, session_id, start)
+    renderer = Renderer(context, after=resume or (0, 0))
+    response = _stream_response("text/event-stream")
+    response.headers["request-id"] = request[REQUEST_ID]
+    await response.prepare(request)
+    gateway.streams[session_id] = gateway.streams.get(session_id, 0) + 1
+    try:
+        await _follow(request, response, target, start, renderer, PING, error_frame)
+    finally:
+        gateway.streams[session_id] -= 1
+        if not gateway.streams[session_id]:
+            del gateway.streams[session_id]
+    return response
+
+
+async def read_log(request: web.Request) -> web.StreamResponse:
+    """`GET /v1/sessions/{id}/log`."""
+    start = paging.integer(request.query, "start", 1, low=1)
+    end = paging.integer(request.query, "end", 0, low=1) or None
+    follow = request.query.get("follow", "false")
+    if follow not in ("true", "false", "1", "0"):
+        raise UserError(f"follow: {follow!r} is not true or false", field="follow")
+    if follow in ("true", "1") and end is not None:
+        raise UserError("end: cannot be combined with follow", field="end")
+    target = await _target(request, READ)
+    response = _stream_response("application/x-ndjson")
+    response.headers["request-id"] = request[REQUEST_ID]
+    await response.prepare(request)
+    if follow in ("true", "1"):
+        await _follow(request, response, target, start, rawlog.line, b"\n", rawlog.error_line)
+        return response
+    try:
+        async for found in chunks(target.log, target.session_id, start, end):
+            for event in found:
+                await response.write(rawlog.line(event))
+    except CowhandError as err:
+        await response.write(rawlog.error_line(answer(err, request[REQUEST_ID]).body))
+    return response
+
+
+async def _follow(
+    request: web.Request,
+    response: web.StreamResponse,
+    target: Target,
+    start: int,
+    render: Callable[[Any], bytes],
+    ping: bytes,
+    failed: Callable[[dict[str, Any]], bytes],
+) -> None:
+    gateway = request.app[GATEWAY]
+    if target.state.state in ("terminated", "closed") and start >= target.state.next_seq:
+        return  # nothing will ever come
+
+    async def check() -> None:
+        await gateway.authority.authorize(target.caller, target.right(*READ))
+
+    follower = Follower(response, request.transport, render, ping, check, gateway.stopping)
+    try:
+        await follower.run(target.log.follow(target.session_id, start))
+    except CowhandError as err:
+        # The status line is gone: the error travels as the last thing of the stream.
+        await response.write(failed(answer(err, request[REQUEST_ID]).body))
+
+
+async def execute(request: web.Request) -> web.Response:
+    """`POST /v1/namespaces/{namespace}/sandboxes/{name}/exec`."""
+    gateway = request.app[GATEWAY]
+    caller = await _caller(request)
+    namespace, name = request.match_info["namespace"], request.match_info["name"]
+    if namespace not in gateway.logs:
+        raise NotFound(f"namespace {namespace} is not served here (chart value `tenants`)")
+    await gateway.authority.authorize(caller, Right("create", "exec", namespace))
+    command = sandbox_exec.parse(await request.read())
+    return _json(await gateway.executor.run(caller, namespace, name, command))

@@ -1,0 +1,409 @@
+"""What a session needs next, as a pure function of its conversation.
+
+`loop` asks `next_step` after every change, carries the step out and folds what it appended, so that
+a new worker that finds the same log takes the same step. Nothing here waits, reads or writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cowhand.hands.toolset import ToolClass, tool_class
+from cowhand.harness.fold import Conversation, Decision, ToolUse
+from cowhand.harness.status import total_tokens
+from cowhand.session import events as ev
+from cowhand.session.events import NewEvent
+
+MAX_ATTEMPTS: Final = 5
+"""Attempts of one request before the turn is given up."""
+
+MAX_WAKES: Final = 5
+"""Wakes in a row without progress before the session is given up."""
+
+MAX_CONTINUATIONS: Final = 8
+"""Cut or paused responses in a row before the turn is given up."""
+
+BACKOFF_BASE_S: Final = 1.0
+BACKOFF_CAP_S: Final = 60.0
+RETRY_AFTER_CAP_S: Final = 120.0
+
+RETRYABLE: Final = frozenset(
+    {
+        "overloaded_error",
+        "rate_limit_error",
+        "api_error",
+        "timeout_error",
+        "connection_error",
+        "stream_cut",
+        "proxy_unavailable",
+    }
+)
+"""Types of model errors that another attempt may cure; every other type ends the turn at once."""
+
+INTERRUPTED: Final = "Tool execution was interrupted before completion. Please retry."
+CUT_CALL: Final = (
+    "The output limit (max_tokens) cut this call off before its input was complete, so it did not "
+    "run. Make the input smaller, for example by writing a file in several steps."
+)
+
+
+@dataclass(frozen=True)
+class Append:
+    """Append these events, then ask again."""
+
+    events: tuple[NewEvent, ...]
+
+
+@dataclass(frozen=True)
+class Provision:
+    """Wait for this hand before the first request (`provisioning: Eager`)."""
+
+    hand: str
+
+
+@dataclass(frozen=True)
+class SendRequest:
+    """Send a model request.
+
+    Attributes:
+        horizon: last position that it may see.
+        backoff: seconds to wait first, drawn evenly between both numbers.
+        accept_cut: take a response that the output limit cut inside a tool call.
+    """
+
+    n: int
+    attempt: int
+    horizon: int
+    max_tokens: int
+    backoff: tuple[float, float] = (0.0, 0.0)
+    accept_cut: bool = False
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One tool call that may run now."""
+
+    use: ToolUse
+    hand: str
+    klass: ToolClass
+
+
+@dataclass(frozen=True)
+class RunTools:
+    """Run these calls at the same time; the newest state decides what follows."""
+
+    calls: tuple[ToolCall, ...]
+
+
+@dataclass(frozen=True)
+class Park:
+    """Nothing to do: give the lease back."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The log has ended: drop the session."""
+
+
+Step = Append | Provision | SendRequest | RunTools | Park | Stop
+
+
+@dataclass(frozen=True)
+class ToolPlan:
+    """What happens to open tool calls.
+
+    Attributes:
+        events: results of refused calls and questions to ask, to be appended.
+        run: calls that may run now, at the same time.
+        blocked: ids of calls that wait for a person, if nothing can run before them.
+    """
+
+    events: tuple[NewEvent, ...]
+    run: tuple[ToolCall, ...]
+    blocked: tuple[str, ...]
+
+
+def backoff(failures: int, retry_after: float | None) -> tuple[float, float]:
+    """Range of seconds to wait after so many failures in a row (full jitter); `retry-after` is a floor."""
+    if failures < 1:
+        return 0.0, 0.0
+    top = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** (failures - 1))
+    floor = min(RETRY_AFTER_CAP_S, retry_after or 0.0)
+    return floor, floor + top
+
+
+def synthesized(use: ToolUse, text: str) -> NewEvent:
+    """The error result of a call that Cowhand itself answers."""
+    return NewEvent(
+        ev.TOOL_RESULT,
+        {"tool_use_id": use.id, "content": text, "is_error": True, "synthesized": True},
+    )
+
+
+def idle(reason: str, event_ids: Sequence[str] = ()) -> NewEvent:
+    """`session.status_idle` with this stop reason."""
+    stop: dict[str, Any] = {"type": reason}
+    if event_ids:
+        stop["event_ids"] = list(event_ids)
+    return NewEvent(ev.STATUS_IDLE, {"stop_reason": stop})
+
+
+def error(kind: str, message: str, retry: str, horizon: int | None = None) -> NewEvent:
+    """`session.error`; `horizon` is the last position that was known when the turn was given up."""
+    data: dict[str, Any] = {
+        "error": {"type": kind, "message": message, "retry_status": {"type": retry}}
+    }
+    if horizon is not None:
+        data["horizon"] = horizon
+    return NewEvent(ev.SESSION_ERROR, data)
+
+
+def _give_up(
+    conversation: Conversation, kind: str, message: str, retry: str = "exhausted"
+) -> Append:
+    """End the turn with an error; open tool calls get a result, so that a later turn can go on."""
+    return Append(
+        (
+            *(synthesized(use, f"{INTERRUPTED} ({message})") for use in conversation.unresolved),
+            error(kind, message, retry, conversation.last_seq),
+            idle("retries_exhausted"),
+        )
+    )
+
+
+# Tools.
+
+
+def sandbox_hand(created: Mapping[str, Any]) -> str | None:
+    """The hand that answers the built-in tools: the first sandbox of the agent."""
+    for hand in created.get("hands") or []:
+        if hand.get("kind", "sandbox") == "sandbox":
+            return str(hand["name"])
+    return None
+
+
+def _refusal(
+    created: Mapping[str, Any], use: ToolUse, permission: str, decision: Decision | None
+) -> str | None:
+    """Why this call gets an error instead of running, None if it may run or has to wait."""
+    offered = {tool.get("name") for tool in created["request"].get("tools") or []}
+    if use.cut:
+        return CUT_CALL
+    if use.name not in offered or permission == "Deny":
+        names = ", ".join(sorted(str(name) for name in offered)) or "none"
+        return f"There is no tool {use.name!r} here, or it is denied. Available tools: {names}."
+    if decision is not None and permission != "Allow" and not decision.allow:
+        return decision.message or "The user denied this tool call."
+    if sandbox_hand(created) is None:
+        return "This agent has no sandbox, so the tool cannot run."
+    return None
+
+
+def _permission(created: Mapping[str, Any], name: str) -> str:
+    """Allow, Ask or Deny; a tool without a permission is denied, an unknown permission asks."""
+    permission = (created.get("permissions") or {}).get(name, "Deny")
+    return permission if permission in ("Allow", "Deny") else "Ask"
+
+
+def plan_tools(
+    created: Mapping[str, Any],
+    uses: Sequence[ToolUse],
+    *,
+    resolved: Collection[str] = (),
+    asked: Collection[str] = (),
+    decisions: Mapping[str, Decision] | None = None,
+) -> ToolPlan:
+    """Sort open tool calls into refused, asking and runnable.
+
+    Calls run in the order of their blocks: all at once if every one that may run is pure, otherwise
+    the first alone. A call that waits for a person holds back those after it.
+    """
+    decisions = decisions or {}
+    events: list[NewEvent] = []
+    runnable: list[ToolCall] = []
+    blocked: list[str] = []
+    for use in uses:
+        if use.id in resolved:
+            continue
+        permission, decision = _permission(created, use.name), decisions.get(use.id)
+        refusal = _refusal(created, use, permission, decision)
+        if refusal is not None:
+            events.append(synthesized(use, refusal))
+        elif permission == "Ask" and decision is None:
+            blocked.append(use.id)
+            if use.id not in asked:
+                pending = {"tool_use_id": use.id, "name": use.name, "permission": "Ask"}
+                events.append(NewEvent(ev.TOOL_PENDING, pending))
+        elif not blocked:
+            hand = sandbox_hand(created)
+            assert hand is not None, "checked in _refusal"
+            runnable.append(ToolCall(use, hand, tool_class(use.name)))
+    parallel = all(call.klass == "pure" for call in runnable)
+    run = tuple(runnable if parallel else runnable[:1])
+    return ToolPlan(tuple(events), run, () if run else tuple(blocked))
+
+
+def _tools_step(conversation: Conversation) -> Step:
+    assert conversation.created is not None, "tool calls come after session.created"
+    plan = plan_tools(
+        conversation.created,
+        conversation.uses,
+        resolved=conversation.results,
+        asked=conversation.asked,
+        decisions=conversation.decisions,
+    )
+    if plan.events:
+        return Append(plan.events)
+    if plan.run:
+        return RunTools(plan.run)
+    stop = {"type": "requires_action", "event_ids": list(plan.blocked)}
+    if conversation.idle == stop:
+        return Park()
+    return Append((idle("requires_action", plan.blocked),))
+
+
+# Requests.
+
+
+def over_budget(conversation: Conversation) -> bool:
+    """A limit of the budget is reached; checked before each request."""
+    budget = (conversation.created or {}).get("budget") or {}
+    tokens, calls = budget.get("max_tokens"), budget.get("max_tool_calls")
+    return (tokens is not None and total_tokens(conversation.status) >= tokens) or (
+        calls is not None and conversation.status["tool_calls"] >= calls
+    )
+
+
+def _request_step(conversation: Conversation) -> Step:
+    if over_budget(conversation):
+        if conversation.idle is not None and conversation.idle["type"] == "budget_reached":
+            return Park()
+        return Append((idle("budget_reached"),))
+    if not conversation.prefix_matches():
+        return _give_up(
+            conversation,
+            "prefix_mismatch",
+            "the request rebuilt from the log is not the one that was sent; nothing was sent. "
+            "This is a bug of the harness: please report it with the session's log",
+            "terminal",
+        )
+    if conversation.retry:
+        assert conversation.request is not None
+        last = conversation.request
+        after = (conversation.error or {}).get("retry_after_s")
+        return SendRequest(
+            n=last.n,
+            attempt=last.attempt + 1,
+            horizon=last.horizon,
+            max_tokens=conversation.max_tokens,
+            backoff=backoff(conversation.failures, after),
+            accept_cut=conversation.limit_step > 0,
+        )
+    return SendRequest(
+        n=conversation.n + 1,
+        attempt=1,
+        horizon=conversation.last_seq,
+        max_tokens=int(conversation.base["max_tokens"]),
+    )
+
+
+def _failed(conversation: Conversation) -> Step | None:
+    """Give the turn up after an error that no further attempt cures."""
+    failure = conversation.error
+    if failure is None or conversation.ended:
+        return None
+    kind, message = str(failure["type"]), str(failure["message"])
+    if kind not in RETRYABLE:
+        return _give_up(conversation, kind, message, "terminal")
+    if conversation.failures >= MAX_ATTEMPTS:
+        return _give_up(conversation, kind, f"{conversation.failures} attempts failed: {message}")
+    return None
+
+
+def _ending(conversation: Conversation) -> Step | None:
+    """What the stop reason of the newest response ends at once, whatever waits."""
+    if conversation.ended:
+        return None
+    if conversation.stop_reason == "refusal":
+        return Append((idle("refusal"),))
+    if conversation.stop_reason == "model_context_window_exceeded":
+        return _give_up(
+            conversation,
+            "context_window_exceeded",
+            "the conversation no longer fits the model's context window",
+        )
+    if conversation.continuations > MAX_CONTINUATIONS:
+        return _give_up(
+            conversation,
+            "max_tokens",
+            f"{conversation.continuations} responses in a row were cut off or paused",
+        )
+    return None
+
+
+def _leftover(conversation: Conversation) -> Step | None:
+    """What comes before any new work: ends, leftovers of a dead worker, interrupts, suspension."""
+    if conversation.open_request:
+        assert conversation.request is not None
+        data = {"start": conversation.request.seq, "outcome": "lost"}
+        return Append((NewEvent(ev.MODEL_REQUEST_END, data),))
+    working = not conversation.ended or conversation.triggered
+    if conversation.interrupted:
+        results = (synthesized(use, INTERRUPTED) for use in conversation.unresolved)
+        return Append((*results, idle("interrupted")))
+    if conversation.wakes > MAX_WAKES and working:
+        return _give_up(
+            conversation,
+            "wakes_exhausted",
+            f"{conversation.wakes} workers in a row took this session and made no progress",
+        )
+    if conversation.suspended:
+        if not working or (conversation.idle or {}).get("type") == "suspended":
+            return Park()
+        return Append((idle("suspended"),))
+    return None
+
+
+def next_step(conversation: Conversation) -> Step:
+    """The next step of a session; see the module."""
+    if conversation.closed:
+        return Stop()
+    if conversation.created is None:
+        return Park()
+    step = _leftover(conversation)
+    if step is not None:
+        return step
+    if not conversation.ended or conversation.triggered:
+        return _work_step(conversation)
+    return Park()
+
+
+def _work_step(conversation: Conversation) -> Step:
+    """The next step of an open turn, or of one that is to begin."""
+    step = _failed(conversation) or _ending(conversation) or _eager(conversation)
+    if step is not None:
+        return step
+    if conversation.unresolved:
+        return _tools_step(conversation)
+    unanswered = (
+        conversation.retry
+        or bool(conversation.uses)
+        or conversation.stop_reason in ("pause_turn", "max_tokens")
+    )
+    if conversation.triggered or unanswered:
+        return _request_step(conversation)
+    return Append((idle("end_turn"),))
+
+
+def _eager(conversation: Conversation) -> Step | None:
+    """An eager hand is waited for before the first request; a failed one is left to the first call."""
+    if conversation.n > 0:
+        return None
+    assert conversation.created is not None
+    for hand in conversation.created.get("hands") or []:
+        state = conversation.hands.get(str(hand["name"]))
+        if hand.get("provisioning") == "Eager" and (state is None or state.state == "Pending"):
+            return Provision(str(hand["name"]))
+    return None

@@ -1,0 +1,469 @@
+"""The fold: events of a log -> the state of the conversation, all that a harness knows of a session.
+
+Pure: no I/O, no clock, no randomness. `loop` folds the whole log after a claim and each event it
+appends afterwards; `decide` reads the result. Two workers that fold the same events hold the same
+state, and so send the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from cowhand.errors import LogIncompatible
+from cowhand.harness import status as st
+from cowhand.harness.request import (
+    ASSEMBLER,
+    Block,
+    Message,
+    block,
+    content_blocks,
+    prefix_sha,
+    tool_result_block,
+)
+from cowhand.session import events as ev
+from cowhand.session.events import Event
+
+CONTINUE: Final = "Your answer was cut off by the output limit. Continue where it stopped."
+"""What stands in for the user after a text that `max_tokens` cut."""
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """A `tool_use` block of the newest response.
+
+    Attributes:
+        cut: the output limit ended the response inside this block: its input is not complete.
+    """
+
+    id: str
+    name: str
+    input: Mapping[str, Any]
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A user message that no request has seen yet."""
+
+    seq: int
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A person's answer to a tool call that asks: the first one counts."""
+
+    allow: bool
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The newest model request as it was logged.
+
+    Attributes:
+        seq: position of its `span.model_request_start`.
+        max_tokens: output limit that it was sent with.
+    """
+
+    seq: int
+    n: int
+    attempt: int
+    horizon: int
+    prefix_sha: str
+    n_messages: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class HandState:
+    """What the log says of one hand: instance counts from 1, `state` is Pending, Ready or Lost."""
+
+    name: str
+    instance: int
+    state: str
+
+
+@dataclass
+class Conversation:
+    """State of a session, folded from its log.
+
+    Attributes:
+        session_id: the session.
+        created: data of `session.created`, None before it.
+        last_seq: position of the newest event that was folded.
+        messages: prompt as committed by the requests so far.
+        queued: user messages that wait for the next request.
+        uses: `tool_use` blocks of the newest response, in order; empty once their results were sent.
+        results: tool_use_id -> its block, for `uses`.
+        started: tool_use_id -> data of `tool.started`, for `uses`.
+        asked: tool_use_ids with a `tool.pending`.
+        decisions: tool_use_id -> answer of a person, for `uses`.
+        hands: name -> newest instance.
+        request: newest model request, None before the first or after a refused turn was cut.
+        n: number of the newest request.
+        open_request: its start has no end yet.
+        stop_reason: of the newest response, until a newer request starts.
+        error: data of the newest failed `span.model_request_end` since the last response, or None.
+        failures: failed attempts of the request in a row.
+        limit_step: 0 the frozen output limit, 1 doubled after a cut tool call, 2 back again.
+        continuations: responses in a row that were cut or paused.
+        ended: no turn is open.
+        idle: stop reason of the last idle, None while running.
+        interrupted: an interrupt waits to be carried out.
+        silenced: queued messages up to this position start no turn of their own: an interrupt or a
+            final error came after them. The next request shows them all the same.
+        suspended: the session is suspended.
+        closed: the log has ended.
+        wakes: wakes in a row without progress.
+        status: status document, see `status`.
+    """
+
+    session_id: str
+    created: Mapping[str, Any] | None = None
+    last_seq: int = 0
+    messages: list[Message] = field(default_factory=list)
+    queued: list[Queued] = field(default_factory=list)
+    uses: tuple[ToolUse, ...] = ()
+    results: dict[str, Block] = field(default_factory=dict)
+    started: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    hands: dict[str, HandState] = field(default_factory=dict)
+    request: Request | None = None
+    n: int = 0
+    open_request: bool = False
+    stop_reason: str | None = None
+    error: Mapping[str, Any] | None = None
+    failures: int = 0
+    limit_step: int = 0
+    continuations: int = 0
+    ended: bool = True
+    idle: Mapping[str, Any] | None = None
+    interrupted: bool = False
+    silenced: int = 0
+    suspended: bool = False
+    closed: bool = False
+    wakes: int = 0
+    status: dict[str, Any] = field(default_factory=st.empty_status)
+    _turn_start: int = 0
+    _turn_results: tuple[Block, ...] = ()
+
+    # What follows from the state.
+
+    @property
+    def base(self) -> Mapping[str, Any]:
+        """The frozen base of each request."""
+        assert self.created is not None, "a log begins with session.created"
+        base: Mapping[str, Any] = self.created["request"]
+        return base
+
+    @property
+    def unresolved(self) -> tuple[ToolUse, ...]:
+        """Tool calls without a result, in order."""
+        return tuple(use for use in self.uses if use.id not in self.results)
+
+    @property
+    def triggered(self) -> bool:
+        """A user message waits that may start a turn."""
+        return any(item.seq > self.silenced for item in self.queued)
+
+    @property
+    def max_tokens(self) -> int:
+        """Output limit of the next request."""
+        limit = int(self.base["max_tokens"])
+        return limit * 2 if self.limit_step == 1 else limit
+
+    @property
+    def paused(self) -> bool:
+        """The newest response is to be sent back as it is."""
+        return self.stop_reason == "pause_turn" and not self.ended and not self.uses
+
+    @property
+    def retry(self) -> bool:
+        """The newest request got no response and belongs to the open turn: send the same again."""
+        return (
+            self.request is not None
+            and not self.ended
+            and self.stop_reason is None
+            and not self.open_request
+            and self.n == self.request.n
+        )
+
+    def pending_message(self, horizon: int) -> Message | None:
+        """The user message that the next new request adds, from what is known up to `horizon`.
+
+        Tool results first, in the order of the tool_use blocks, then queued text.
+        """
+        if self.paused:
+            return None
+        blocks = [self.results[use.id] for use in self.uses]
+        for item in self.queued:
+            if item.seq <= horizon:
+                blocks.extend(item.blocks)
+        if not blocks and self.stop_reason == "max_tokens" and not self.ended:
+            blocks.append(block({"type": "text", "text": CONTINUE}))
+        return Message("user", tuple(blocks)) if blocks else None
+
+    def prompt(self, horizon: int) -> list[Message]:
+        """All messages of the next request."""
+        if self.retry:
+            return list(self.messages)
+        message = self.pending_message(horizon)
+        return [*self.messages, message] if message else list(self.messages)
+
+    def prefix_matches(self) -> bool:
+        """The newest request, rebuilt from what is folded, is the one that was logged."""
+        request = self.request
+        if request is None:
+            return True
+        if request.n_messages > len(self.messages):
+            return False
+        messages = self.messages[: request.n_messages]
+        sha = prefix_sha(self.base, self.session_id, request.max_tokens, messages)
+        return sha == request.prefix_sha
+
+    # Folding.
+
+    def apply(self, event: Event) -> None:
+        """Fold one event; positions must be dense.
+
+        Raises:
+            LogIncompatible: a known type in an unknown version, or another assembler.
+        """
+        assert event.seq == self.last_seq + 1, f"gap: {event.seq} after {self.last_seq}"
+        handler = _HANDLERS.get(event.type)
+        if handler is not None:
+            _check(event)
+            data = event.data
+            self.status = st.after(self.status, [(event.type, data)])
+            handler(self, event.seq, data)
+        self.last_seq = event.seq
+
+    def _created(self, seq: int, data: Mapping[str, Any]) -> None:
+        if data.get("assembler") != ASSEMBLER:
+            raise LogIncompatible(
+                f"session {self.session_id} is pinned to assembler {data.get('assembler')!r}, this "
+                f"release has {ASSEMBLER}: wake it with the release that made it"
+            )
+        self.created = data
+
+    def _message(self, seq: int, data: Mapping[str, Any]) -> None:
+        blocks = content_blocks(data["content"])
+        if blocks:
+            self.queued.append(Queued(seq, blocks))
+            self.wakes = 0
+
+    def _interrupt(self, seq: int, data: Mapping[str, Any]) -> None:
+        if not self.ended or self.triggered:
+            self.interrupted = True
+        self.silenced = seq
+
+    def _confirmation(self, seq: int, data: Mapping[str, Any]) -> None:
+        use_id = str(data.get("tool_use_id", ""))
+        if use_id in self.decisions or all(use.id != use_id for use in self.uses):
+            return
+        allow = data.get("result") == "allow"
+        self.decisions[use_id] = Decision(allow, str(data.get("deny_message") or ""))
+        self.wakes = 0
+
+    def _suspended(self, seq: int, data: Mapping[str, Any]) -> None:
+        self.suspended = True
+
+    def _resumed(self, seq: int, data: Mapping[str, Any]) -> None:
+        self.suspended = False
+        self.wakes = 0
+
+    def _deleted(self, seq: int, data: Mapping[str, Any]) -> None:
+        self.closed = True
+
+    def _wake(self, seq: int, data: Mapping[str, Any]) -> None:
+        self.wakes += 1
+
+    def _running(self, seq: int, data: Mapping[str, Any]) -> None:
+        self.idle = None
+
+    def _request_start(self, seq: int, data: Mapping[str, Any]) -> None:
+        self.idle = None
+        if data["n"] > self.n:
+            self._commit(int(data["horizon"]))
+            self.n = int(data["n"])
+        self.request = Request(
+            seq=seq,
+            n=int(data["n"]),
+            attempt=int(data["attempt"]),
+            horizon=int(data["horizon"]),
+            prefix_sha=str(data["prefix_sha"]),
+            n_messages=int(data["n_messages"]),
+            max_tokens=self.max_tokens,
+        )
+        self.open_request = True
+        self.error = None
+
+    def _commit(self, horizon: int) -> None:
+        """A new request begins: what it adds to the prompt becomes part of the conversation."""
+        message = self.pending_message(horizon)
+        if self.ended:
+            self._turn_start = len(self.messages)
+            self._turn_results = tuple(self.results[use.id] for use in self.uses)
+            self.continuations = 0
+        if message is not None:
+            self.messages.append(message)
+        if not self.paused:
+            self.queued = [item for item in self.queued if item.seq > horizon]
+        self._clear_tools()
+        self.ended = False
+        self.stop_reason = None
+        self.failures = 0
+        self.limit_step = 0
+
+    def _clear_tools(self) -> None:
+        self.uses = ()
+        self.results = {}
+        self.started = {}
+        self.asked = set()
+        self.decisions = {}
+
+    def _response(self, seq: int, data: Mapping[str, Any]) -> None:
+        message = data["message"]
+        self.stop_reason = str(message.get("stop_reason"))
+        self.error = None
+        self.failures = 0
+        self.wakes = 0
+        if self.stop_reason == "refusal":
+            self._cut_turn()
+            return
+        content = message.get("content") or []
+        blocks = content_blocks(content)
+        if blocks:
+            self.messages.append(Message("assistant", blocks))
+        self.uses = tool_uses(message)
+        continued = self.stop_reason == "pause_turn" or (
+            self.stop_reason == "max_tokens" and not self.uses
+        )
+        self.continuations = self.continuations + 1 if continued else 0
+
+    def _cut_turn(self) -> None:
+        """A refused turn leaves the prompt; results of the turn before it must stay."""
+        del self.messages[self._turn_start :]
+        if self._turn_results:
+            self.messages.append(Message("user", self._turn_results))
+        self._clear_tools()
+        self.request = None
+
+    def _request_end(self, seq: int, data: Mapping[str, Any]) -> None:
+        self.open_request = False
+        outcome = data["outcome"]
+        if outcome != "lost":
+            self.wakes = 0
+        if outcome == "truncated":
+            self.limit_step = 1
+        elif outcome == "error":
+            self.error = data["error"]
+            if self.limit_step == 1 and self.error["type"] == "invalid_request_error":
+                # The model may not allow twice the limit: take the cut answer at the old one.
+                self.limit_step = 2
+                self.error = None
+            else:
+                self.failures += 1
+
+    def _pending(self, seq: int, data: Mapping[str, Any]) -> None:
+        self.asked.add(data["tool_use_id"])
+
+    def _started(self, seq: int, data: Mapping[str, Any]) -> None:
+        self.idle = None
+        self.started[data["tool_use_id"]] = data
+
+    def _result(self, seq: int, data: Mapping[str, Any]) -> None:
+        use_id = data["tool_use_id"]
+        if use_id not in self.results and any(use.id == use_id for use in self.uses):
+            content, is_error = str(data["content"]), bool(data["is_error"])
+            self.results[use_id] = tool_result_block(use_id, content, is_error)
+        self.wakes = 0
+
+    def _hand_requested(self, seq: int, data: Mapping[str, Any]) -> None:
+        self._hand(data, "Pending")
+
+    def _hand_provisioned(self, seq: int, data: Mapping[str, Any]) -> None:
+        self._hand(data, "Ready")
+
+    def _hand_lost(self, seq: int, data: Mapping[str, Any]) -> None:
+        self._hand(data, "Lost")
+
+    def _hand(self, data: Mapping[str, Any], state: str) -> None:
+        name, instance = str(data["hand"]), int(data["instance"])
+        old = self.hands.get(name)
+        if old is None or instance >= old.instance:
+            self.hands[name] = HandState(name, instance, state)
+
+    def _status_idle(self, seq: int, data: Mapping[str, Any]) -> None:
+        self.idle = data["stop_reason"]
+        self.wakes = 0
+        if self.idle["type"] in st.ENDS_TURN:
+            self.ended = True
+            self.interrupted = False
+            self.error = None
+            self.failures = 0
+
+    def _session_error(self, seq: int, data: Mapping[str, Any]) -> None:
+        self.wakes = 0
+        if data["error"]["retry_status"]["type"] != "retrying":
+            # What was waiting then must not start the failed turn over by itself, only new input may.
+            self.silenced = max(self.silenced, int(data.get("horizon", 0)))
+
+
+def tool_uses(message: Mapping[str, Any]) -> tuple[ToolUse, ...]:
+    """The `tool_use` blocks of a response; the last one is `cut` if the output limit ended in it."""
+    content = message.get("content") or []
+    uses = []
+    for index, item in enumerate(content):
+        if item.get("type") != "tool_use":
+            continue
+        cut = message.get("stop_reason") in _CUTTING and index == len(content) - 1
+        uses.append(ToolUse(str(item["id"]), str(item["name"]), item.get("input") or {}, cut))
+    return tuple(uses)
+
+
+_CUTTING: Final = frozenset({"max_tokens", "model_context_window_exceeded"})
+
+_HANDLERS: Final[Mapping[str, Callable[[Conversation, int, Mapping[str, Any]], None]]] = {
+    ev.SESSION_CREATED: Conversation._created,
+    ev.SESSION_SUSPENDED: Conversation._suspended,
+    ev.SESSION_RESUMED: Conversation._resumed,
+    ev.SESSION_DELETED: Conversation._deleted,
+    ev.SESSION_WAKE: Conversation._wake,
+    ev.USER_MESSAGE: Conversation._message,
+    ev.USER_INTERRUPT: Conversation._interrupt,
+    ev.USER_TOOL_CONFIRMATION: Conversation._confirmation,
+    ev.MODEL_REQUEST_START: Conversation._request_start,
+    ev.MODEL_REQUEST_END: Conversation._request_end,
+    ev.MODEL_RESPONSE: Conversation._response,
+    ev.TOOL_PENDING: Conversation._pending,
+    ev.TOOL_STARTED: Conversation._started,
+    ev.TOOL_RESULT: Conversation._result,
+    ev.HAND_REQUESTED: Conversation._hand_requested,
+    ev.HAND_PROVISIONED: Conversation._hand_provisioned,
+    ev.HAND_LOST: Conversation._hand_lost,
+    ev.STATUS_RUNNING: Conversation._running,
+    ev.STATUS_IDLE: Conversation._status_idle,
+    ev.SESSION_ERROR: Conversation._session_error,
+}
+
+
+def _check(event: Event) -> None:
+    body = event.body
+    if body.get("v") != ev.PAYLOAD_VERSION or body.get("th", "main") != "main" or "d" not in body:
+        raise LogIncompatible(
+            f"event {event.seq} ({event.type}) has version {body.get('v')!r}, thread "
+            f"{body.get('th')!r}; this release reads version {ev.PAYLOAD_VERSION}: upgrade Cowhand"
+        )
+
+
+def fold(session_id: str, events: Iterable[Event]) -> Conversation:
+    """Fold a log from position 1."""
+    conversation = Conversation(session_id)
+    for event in events:
+        conversation.apply(event)
+    return conversation

@@ -1,0 +1,121 @@
+"""The status document of a session, folded from its events: what `kubectl get` and the gateway show.
+
+It is small and pure so that the loop can compute the document that follows from an append before it
+appends, and write both in one script. Budgets are read from it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from cowhand.session import events as ev
+
+ENDS_TURN: Final = frozenset(
+    {"end_turn", "retries_exhausted", "budget_reached", "refusal", "interrupted"}
+)
+"""Stop reasons that end a turn; after `requires_action` and `suspended` the same turn goes on."""
+
+_USAGE: Final = (
+    "input_tokens",
+    "output_tokens",
+    "cache_read_input_tokens",
+    "cache_creation_input_tokens",
+)
+
+
+def empty_status() -> dict[str, Any]:
+    """The document of a session in which nothing happened yet."""
+    return {
+        "stop_reason": None,
+        "turns": 0,
+        "requests": 0,
+        "tool_calls": 0,
+        "usage": dict.fromkeys(_USAGE, 0),
+        "ttft_ms": None,
+        "hands": [],
+        "pending": [],
+        "error": None,
+    }
+
+
+def response_usage(message: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens of one response; with `iterations` their sum, for the top level leaves some out."""
+    usage = message.get("usage") or {}
+    parts = usage.get("iterations") or [usage]
+    return {key: sum(int(part.get(key) or 0) for part in parts) for key in _USAGE}
+
+
+def total_tokens(status: Mapping[str, Any]) -> int:
+    """All tokens that count against the budget: input, cached or not, and output."""
+    return sum(int(value) for value in status["usage"].values())
+
+
+def _with_hand(status: Mapping[str, Any], data: Mapping[str, Any], state: str) -> dict[str, Any]:
+    others = [hand for hand in status["hands"] if hand["name"] != data["hand"]]
+    old = next((hand for hand in status["hands"] if hand["name"] == data["hand"]), None)
+    same = old is not None and old["instance"] == data["instance"]
+    sandbox = data.get("sandbox") or (old["sandbox"] if old is not None and same else "")
+    hand = {
+        "name": data["hand"],
+        "instance": data["instance"],
+        "state": state,
+        "sandbox": sandbox,
+    }
+    return {"hands": sorted([*others, hand], key=lambda item: str(item["name"]))}
+
+
+def _changes(status: Mapping[str, Any], kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the document that one event changes."""
+    match kind:
+        case ev.STATUS_RUNNING:
+            return {"stop_reason": None, "error": None}
+        case ev.MODEL_REQUEST_START:
+            return {"requests": status["requests"] + 1, "stop_reason": None}
+        case ev.MODEL_RESPONSE:
+            added = response_usage(data["message"])
+            usage = {key: status["usage"][key] + added[key] for key in _USAGE}
+            first = status["ttft_ms"]
+            return {"usage": usage, "ttft_ms": data.get("ttft_ms") if first is None else first}
+        case ev.TOOL_PENDING:
+            entry = {"tool_use_id": data["tool_use_id"], "name": data["name"]}
+            return {"pending": [*status["pending"], entry]}
+        case ev.TOOL_STARTED:
+            return {
+                "tool_calls": status["tool_calls"] + (data.get("attempt", 1) == 1),
+                "pending": _without(status["pending"], data["tool_use_id"]),
+                "stop_reason": None,
+            }
+        case ev.TOOL_RESULT:
+            return {"pending": _without(status["pending"], data["tool_use_id"])}
+        case ev.HAND_REQUESTED:
+            return _with_hand(status, data, "Pending")
+        case ev.HAND_PROVISIONED:
+            return _with_hand(status, data, "Ready")
+        case ev.HAND_LOST:
+            return _with_hand(status, data, "Lost")
+        case ev.SESSION_ERROR:
+            error = data["error"]
+            return {"error": {"type": error["type"], "message": error["message"]}}
+        case ev.STATUS_IDLE:
+            reason = data["stop_reason"]
+            return {
+                "stop_reason": dict(reason),
+                "turns": status["turns"] + (reason["type"] in ENDS_TURN),
+            }
+    return {}
+
+
+def _without(pending: list[dict[str, Any]], tool_use_id: str) -> list[dict[str, Any]]:
+    return [entry for entry in pending if entry["tool_use_id"] != tool_use_id]
+
+
+def after(
+    status: dict[str, Any], events: Iterable[tuple[str, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """The document after more events, given as (type, data); the old one is left as it was."""
+    for kind, data in events:
+        changed = _changes(status, kind, data)
+        if changed:
+            status = {**status, **changed}
+    return status

@@ -79,8 +79,8 @@ install_cni() {
     [ "$waited" -le 60 ] || die "the node $NODE got no pod network" "see: docker logs $NODE"
     [ -n "$cidr" ] || sleep 1
   done
-  # shellcheck disable=SC2016  # expands in the node
-  docker exec -i "$NODE" sh -c 'cat >/etc/cni/cowhand.new && mv /etc/cni/cowhand.new /etc/cni/net.d/10-cowhand.conflist' <<JSON
+  # A rename inside the folder: containerd ignores a file that is moved in from elsewhere.
+  docker exec -i -w /etc/cni/net.d "$NODE" sh -c 'cat >cowhand.new && mv cowhand.new 10-cowhand.conflist' <<JSON
 {
   "cniVersion": "0.4.0",
   "name": "cowhand",
@@ -101,8 +101,11 @@ install_cni() {
 JSON
 }
 
-node_state() { docker inspect -f '{{.State.Status}}' "$NODE" 2>/dev/null || echo absent; }
-node_image() { docker inspect -f '{{.Config.Image}}' "$NODE" 2>/dev/null || true; }
+node_state() {
+  local state
+  state=$(docker container inspect -f '{{.State.Status}}' "$NODE" 2>/dev/null || true)
+  echo "${state:-absent}"
+}
 
 healthy() {
   [ -s "$KUBECONFIG" ] || return 1

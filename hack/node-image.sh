@@ -148,9 +148,15 @@ build() {
   step "making the control plane images" component_images "$dir"
   step "preloading the node image" preload "$base" "$image" "$dir"
   step "keeping the node image in the cache" keep_image "$image" "$tar"
+  prune "$tar"
   # shellcheck disable=SC2046  # a list of image names; the node image holds them now
   docker rmi $(cat "$dir/images") >/dev/null 2>&1 || true
   rm -rf "$dir"
+}
+
+# prune TAR: removes saved node images other than this one that nobody used for a week.
+prune() {
+  find "$CACHE/images" -name 'node-*.tar' ! -path "$1" -mtime +7 -exec rm -f {} +
 }
 
 ensure() {

@@ -28,7 +28,7 @@ COMMANDS: Final = (
     # hashes, sets, sorted sets
     *("hget", "hmget", "hgetall", "hset", "hsetnx", "hdel", "hexists", "hlen"),
     *("sadd", "srem", "spop", "smembers", "scard", "sismember"),
-    *("zadd", "zrem", "zscore", "zmscore", "zcard", "zcount", "zrange", "zrangebyscore"),
+    *("zadd", "zrem", "zscore", "zcard", "zcount", "zrange", "zremrangebyscore"),
     # streams
     *("xadd", "xlen", "xrange", "xrevrange", "xtrim", "xack", "xautoclaim", "xpending"),
     *("xreadgroup", "xgroup|create", "xgroup|delconsumer"),

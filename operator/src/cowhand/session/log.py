@@ -6,7 +6,10 @@ Three roles, three protocols, each scoped by what its caller may do:
 - `WorkerLog` for the harness: heartbeat, take work, claim a session, append under the lease, park.
 - `ControlLog` for the operator and the broker: mode, close, hints about dead workers, projection, hands.
 
-`cowhand.session.redis_log` implements all three on Redis Streams; `cowhand.session.connect` makes them.
+`cowhand.session.connect` makes all three on Redis Streams. Every method may raise StoreUnavailable (no answer within
+5 seconds: the call may or may not have happened, and may be repeated with the same arguments), StoreMismatch (the
+store's data was replaced or lost: the process must stop) and Denied (the store's ACL or password), besides what
+stands with it. Called by operator, broker, gateway and harness.
 """
 
 from __future__ import annotations
@@ -170,29 +173,48 @@ class SessionLog(Protocol):
     async def create_session(self, meta: SessionMeta, events: Sequence[NewEvent]) -> Created:
         """Make a session: meta, the events from position 1 on, and an entry in the ready queue, in one script.
 
-        `events[0]` is `session.created`; without a `user.message` among them the session starts idle.
-        Idempotent by session id and by tombstone.
+        `events[0]` is `session.created`, each has an id of its own; without a `user.message` among them the
+        session starts idle, with a `session.suspended` it starts suspended (and is not made ready).
+        Idempotent by session id and by tombstone. The answer may name a session whose log has expired since: a
+        tombstone lives at least 30 days after `close`.
+
+        Raises:
+            UserError: malformed id, wrong events, or a payload over the limit; nothing was written.
         """
 
     async def emit_event(self, session_id: str, event: NewEvent) -> int:
         """Append an external event and make the session ready; answers its position.
 
-        Deduplicated by `event.id`: the same id again answers the first position.
+        Deduplicated by `event.id`: the same id again answers the first position, also after the end of the log.
+        Takes `user.message`, `user.interrupt`, `user.tool_confirmation` and `session.exec`; the latter does not
+        make the session ready. While the session is suspended the event is kept, and acted on after resuming.
+        Profile standard: durable when this returns.
 
         Raises:
-            SessionNotFound, SessionClosed, StoreUnavailable, UserError (payload over the limit).
+            SessionNotFound: no such session in this tenant.
+            SessionClosed: its state is `closed` or `terminated`.
+            UserError: another type, no id, or a payload over the limit (64 KiB).
         """
 
     async def get_events(
         self, session_id: str, start: int = 1, end: int | None = None, *, limit: int | None = None
     ) -> list[Event]:
-        """Events `start..end`, both inclusive, positions from 1; `end` None is the newest."""
+        """Events `start..end`, both inclusive, positions from 1; `end` None is the newest.
+
+        An empty range of an existing session is an empty list. `limit` cuts the list at its end.
+        Raises SessionNotFound.
+        """
 
     async def get_session(self, session_id: str) -> SessionState:
         """State of a session. Raises SessionNotFound."""
 
     def follow(self, session_id: str, start: int = 1) -> AsyncIterator[Event]:
-        """Events from `start` on, first the old, then the new as they come; ends after `session.deleted`."""
+        """Events from `start` on, first the old, then the new as they come; ends after `session.deleted`.
+
+        Gap-free: a lost nudge costs at most 5 seconds. `start=state.next_seq` gives only new events. Ends too
+        when the log is deleted under it. Raises SessionNotFound at the first step; after StoreUnavailable follow
+        again from the last position + 1. Close the iterator (`contextlib.aclosing`) if you leave it early.
+        """
 
 
 class WorkerLog(Protocol):
@@ -203,42 +225,84 @@ class WorkerLog(Protocol):
         """`<pod uid>.<8 random hex>`."""
 
     async def beat(self) -> set[str]:
-        """Renew this worker's deadline (now + 10 s); answers the sessions with new input (dirty set)."""
+        """Renew this worker's deadline (now + 10 s); answers the sessions with new input (dirty set).
+
+        Call it before the first claim, then every 2 s. The answer heals lost nudges: it may name sessions that
+        this worker does not hold, and after a reconnect it names all that it holds.
+        """
 
     async def retire(self) -> None:
-        """Take this worker out of the live set (drain): its sessions can be claimed at once."""
+        """Take this worker out of the live set (drain): its sessions can be claimed at once.
+
+        Stop iterating `work` and beating first; sessions that were nominated here and not claimed go back. A later
+        `beat` makes the worker live again.
+        """
 
     def work(self) -> AsyncIterator[str]:
-        """Session ids from the ready queue, as they come (each only nominated: claim it)."""
+        """Session ids from the ready queue, as they come (each only nominated: claim it).
+
+        Endless; outlives restarts of the store. May name a session twice. Ask for the next one only when there is
+        room for it: what is not claimed within 5 s is nominated elsewhere. Close the iterator when done.
+        """
 
     def nudges(self) -> AsyncIterator[str]:
-        """Session ids that have new input or a hand that changed, as they are announced."""
+        """Session ids that have new input or a hand that changed, as they are announced.
+
+        Endless, at most once: `beat` answers what was lost. May name sessions that this worker does not hold.
+        """
 
     async def claim(self, session_id: str) -> Lease | Held:
-        """Take the lease; writes `session.wake` into the log."""
+        """Take the lease; writes `session.wake` into the log, and state `running`.
+
+        A session need not be nominated to be claimed. HELD also if this worker itself holds it. `terminated`
+        answers CLOSED. DEADWORKER: beat first. After StoreUnavailable `work` nominates the session again.
+        """
 
     async def append(
         self, lease: Lease, events: Sequence[NewEvent], *, status: dict[str, Any] | None = None
     ) -> int:
         """Append under the lease, exactly once; answers the position of the first event.
 
-        `status` replaces the session's status document in the same script. Raises Fenced.
+        `status` replaces the session's status document in the same script; with it `events` may be empty.
+        Appends of one lease are made one after the other. A cancelled append still happens, or not. After
+        StoreUnavailable repeat it with the same events and status: it is then written once; if something else is
+        appended first, the doubtful events are written before it.
+
+        Raises:
+            Fenced: the lease is gone (taken over, given back, session deleted, or the store lost our newest events):
+                drop the session at once.
+            UserError: a payload over the limit (64 KiB); nothing was written.
         """
 
-    async def barrier(self) -> None:
-        """Wait until everything appended so far is as durable as the profile promises."""
+    async def barrier(self, lease: Lease | None = None) -> None:
+        """Wait until everything appended so far is as durable as the profile promises.
+
+        Profile dev: returns at once. Profile standard: a replica has it. With `lease` only that session's appends
+        are checked after a reconnect.
+
+        Raises:
+            Fenced: the store lost appends of the lease (with None: of any) before a replica had them.
+            StoreUnavailable: no replica confirms; nothing is lost, ask again.
+        """
 
     async def touch(self, lease: Lease) -> None:
-        """Push the progress deadline of a session with a long call; raises Fenced."""
+        """Push the progress deadline (20 min after the last append or touch) of a long call; raises Fenced."""
 
     async def park(self, lease: Lease, expected_next: int, *, state: State = "idle") -> Parked:
-        """Give the lease back if nothing new has arrived since `expected_next`; raises Fenced."""
+        """Give the lease back if nothing new has arrived since `expected_next`; raises Fenced.
+
+        `expected_next` is the position after the last event that the caller has read or written. `state`
+        `rescheduling` brings the session back within about a minute, `terminated` ends it for input too.
+        """
 
     async def handover(self, lease: Lease) -> None:
         """Give the lease back and put the session on the ready queue for another worker."""
 
     async def sweep(self) -> int:
-        """Put sessions whose holder is dead or stuck back on the ready queue; answers how many."""
+        """Put sessions whose holder is dead or stuck back on the ready queue; answers how many.
+
+        Call it every second or so; the slower parts of the upkeep (trimming) happen in it by themselves.
+        """
 
     async def get_hand(self, session_id: str, hand: str, instance: int) -> HandRecord | None:
         """The record of one hand instance, None while there is none."""
@@ -248,12 +312,20 @@ class ControlLog(Protocol):
     """What the operator and the broker do, across tenants."""
 
     async def set_mode(self, namespace: str, session_id: str, mode: Mode, event: NewEvent) -> int:
-        """Suspend or resume; the event is ingested in the same script; answers its position."""
+        """Suspend or resume; the event is ingested in the same script; answers its position.
+
+        `event` is `session.suspended` or `session.resumed`, deduplicated by id (a repeated id changes nothing).
+        A holder is nudged, not fenced: it parks by itself. Resuming makes the session ready if it has work.
+        Raises SessionNotFound, SessionClosed (also if `terminated`).
+        """
 
     async def close(
         self, namespace: str, session_id: str, event: NewEvent, *, retain_s: int
     ) -> None:
-        """End the log with `session.deleted`; keys expire after `retain_s` seconds (0: at once)."""
+        """End the log with `session.deleted`; keys expire after `retain_s` seconds (0: at once).
+
+        Idempotent, also for a session that is not there. The holder is fenced and nudged.
+        """
 
     async def drop_worker(self, namespace: str, pod_uid: str) -> int:
         """A worker's pod is gone: forget its heartbeats and requeue its sessions; answers how many."""
@@ -265,15 +337,21 @@ class ControlLog(Protocol):
         """Work that waits in a tenant."""
 
     async def take_projections(self, namespace: str, limit: int = 100) -> list[str]:
-        """Session ids whose state changed since they were last taken (set `proj`)."""
+        """Session ids whose state changed since they were last taken (set `proj`).
+
+        They are removed from the set: what is not projected then waits for the next change or the full sweep. May
+        name sessions that are gone (`get_session` raises SessionNotFound).
+        """
 
     def projection_nudges(self, namespaces: Sequence[str]) -> AsyncIterator[str]:
-        """Namespaces in which something is to be projected, as announced."""
+        """Namespaces in which something is to be projected, as announced; at the start and after a reconnect all."""
 
     async def put_hand(self, namespace: str, record: HandRecord) -> None:
         """Write the record of a hand instance and nudge the session's worker.
 
-        A record never goes back from Lost, and a Ready record is not overwritten by Pending or Failed.
+        A record never goes back from Lost, and a Ready record is not overwritten by Pending or Failed, nor by a lower
+        `owner_epoch`; such a write changes nothing. Without a session_id only `get_sandbox` finds the record, without a
+        sandbox_uid only `get_hand`. Raises SessionNotFound.
         """
 
     async def get_hand(

@@ -1,0 +1,106 @@
+"""Between the store's bytes and our types. Pure.
+
+Payloads pass through untouched. Hand records begin with `{"state":"..","owner_epoch":N`: the scripts compare
+the two without decoding JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any, cast
+
+from cowhand.errors import LogIncompatible, UserError
+from cowhand.session.events import INLINE_LIMIT, Event, NewEvent
+from cowhand.session.log import HandRecord, Mode, SessionMeta, SessionState, State
+
+_RECORD_FIELDS = {field.name for field in fields(HandRecord)}
+
+
+def checked_payload(event: NewEvent) -> bytes:
+    """Payload bytes of an event; UserError that says what to do if they are over the inline limit."""
+    payload = event.payload()
+    if len(payload) > INLINE_LIMIT:
+        raise UserError(too_big(event.type, len(payload)), field="content")
+    return payload
+
+
+def too_big(kind: str, size: int) -> str:
+    """Message for a payload over the limit."""
+    return (
+        f"payload of {kind} has {size} bytes, the limit is {INLINE_LIMIT}: split it into several events,"
+        " or put the content into a file in the sandbox and refer to it"
+    )
+
+
+def meta_fields(meta: SessionMeta) -> list[str]:
+    """The fixed part of the meta hash as `field, value, ...`."""
+    return [
+        *("ns", meta.namespace, "name", meta.name, "uid", meta.uid, "tomb", meta.tombstone),
+        *("model", dump(meta.model), "st", "{}"),
+    ]
+
+
+def session_state(session_id: str, raw: Mapping[bytes, bytes]) -> SessionState:
+    """A meta hash as `SessionState`."""
+    text = {key.decode(): value.decode() for key, value in raw.items()}
+    meta = SessionMeta(
+        session_id=session_id,
+        namespace=text["ns"],
+        name=text["name"],
+        uid=text["uid"],
+        model=json.loads(text["model"]),
+        tombstone=text["tomb"],
+    )
+    return SessionState(
+        meta=meta,
+        state=cast(State, text["state"]),
+        mode=cast(Mode, text["mode"]),
+        lease=text["lease"],
+        epoch=int(text["epoch"]),
+        next_seq=int(text["next"]),
+        status=json.loads(text["st"]),
+        created_ms=int(text["created"]),
+    )
+
+
+def event(entry: Sequence[Any]) -> Event:
+    """One entry of XRANGE: `[id, [field, value, ...]]`."""
+    entry_id, flat = entry
+    values = dict(zip(flat[::2], flat[1::2], strict=True))
+    try:
+        return Event(
+            seq=int(entry_id.split(b"-")[0]),
+            type=values[b"t"].decode(),
+            id=values[b"e"].decode(),
+            ts=int(values[b"ts"]),
+            lease=values[b"w"].decode(),
+            payload=bytes(values[b"p"]),
+        )
+    except (KeyError, ValueError) as err:
+        raise LogIncompatible(f"log entry {entry_id!r} is not an event: {err}") from err
+
+
+def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+    """A flat reply `[field, value, ...]` as a dict."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def dump(value: object) -> str:
+    """Compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def record_json(record: HandRecord) -> str:
+    """A hand record as it is stored."""
+    body = asdict(record)
+    return dump({"state": body.pop("state"), "owner_epoch": body.pop("owner_epoch"), **body})
+
+
+def record(raw: bytes | None) -> HandRecord | None:
+    """A stored hand record; fields of a newer release are left out."""
+    if raw is None:
+        return None
+    body = json.loads(raw)
+    return HandRecord(**{key: value for key, value in body.items() if key in _RECORD_FIELDS})

@@ -1,0 +1,293 @@
+"""Connections to the store: one `Link` is one connection, one `Pipe` lets many tasks share a link.
+
+redis-py's own client is not used: it re-sends commands whose reply was lost (ten times by default), which is
+wrong for anything that is not idempotent, and hides which connection a WAIT runs on. Here nothing is re-sent
+but by `Pipe`, whose commands are idempotent by construction (scripts with a wseq, an event id or a nonce; reads).
+Called by `store`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+from redis import exceptions as redis_errors
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from cowhand.errors import CowhandError, Denied, StoreUnavailable, Terminal, UserError
+from cowhand.session.log import StoreConfig
+from cowhand.session.scripts import Script
+
+Command = tuple[str | bytes | int, ...]
+
+RETRY_SECONDS: Final = 5.0
+"""How long a command is tried again while the store does not answer, before StoreUnavailable."""
+
+REPLY_SECONDS: Final = 5.0
+"""How long one batch may take before its connection counts as dead."""
+
+BATCH_COMMANDS: Final = 128
+BATCH_BYTES: Final = 1024 * 1024
+
+_PASSING: Final = ("LOADING", "READONLY", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN", "BUSY ", "MOVED")
+_REFUSING: Final = ("OOM", "MISCONF", "NOREPLICAS")
+
+
+def connection_factory(config: StoreConfig) -> Callable[[], AbstractConnection]:
+    """A function that makes unconnected connections; UserError if the URL is not usable."""
+    try:
+        options: dict[str, Any] = dict(parse_url(config.url))
+    except ValueError as err:
+        raise UserError(f"store URL {config.url!r} is not valid: {err}", field="url") from err
+    kind = options.pop("connection_class", Connection)
+    options |= {
+        "protocol": 2,
+        "retry": Retry(NoBackoff(), 0),
+        "socket_timeout": None,
+        "socket_connect_timeout": REPLY_SECONDS,
+        "socket_keepalive": True,
+        "driver_info": None,
+    }
+    if config.username:
+        options["username"] = config.username
+    if config.password:
+        options["password"] = config.password
+    if kind is SSLConnection and config.ca_file:
+        options["ssl_ca_certs"] = config.ca_file
+    return lambda: kind(**options)
+
+
+def translate(err: BaseException) -> Exception:
+    """The error that our callers see for an error of the client library."""
+    if isinstance(err, CowhandError):
+        return err
+    if isinstance(err, redis_errors.NoPermissionError):
+        return Denied(f"the store's ACL refuses this: {err}")
+    if isinstance(err, redis_errors.AuthenticationError | redis_errors.AuthorizationError):
+        return Denied(f"the store refuses our user or password: {err}")
+    if isinstance(err, redis_errors.ResponseError):
+        if _starts(err, (*_PASSING, *_REFUSING)):
+            return StoreUnavailable(f"the store refuses writes for now: {err}", after=1.0)
+        if "NOPERM" in str(err) or "ACL failure" in str(err):
+            return Denied(f"the store's ACL refuses this: {err}")
+        return Terminal(f"the store refuses the command: {err}", reason="StoreRefused")
+    return StoreUnavailable(f"the store does not answer: {err or type(err).__name__}", after=1.0)
+
+
+def _starts(err: Exception, words: tuple[str, ...]) -> bool:
+    if isinstance(err, redis_errors.ReadOnlyError):
+        return "READONLY" in words
+    if isinstance(err, redis_errors.OutOfMemoryError):
+        return "OOM" in words
+    return str(err).startswith(words)
+
+
+class Link:
+    """One connection, opened when it is first used, and again after an error.
+
+    Attributes:
+        generation: how often it was opened; a WAIT says something only about its own connection.
+    """
+
+    def __init__(
+        self, make: Callable[[], AbstractConnection], greet: Callable[[Link], Awaitable[None]]
+    ) -> None:
+        """`greet` runs on each new connection, before anything else."""
+        self._make = make
+        self._greet = greet
+        self._connection: AbstractConnection | None = None
+        self.generation = 0
+
+    async def open(self) -> AbstractConnection:
+        """The connection, connected and greeted."""
+        if self._connection is not None and self._connection.is_connected:
+            return self._connection
+        connection = self._make()
+        await connection.connect()  # type: ignore[no-untyped-call]
+        self._connection = connection
+        self.generation += 1
+        try:
+            await self._greet(self)
+        except BaseException:
+            await self.close()
+            raise
+        return connection
+
+    async def run(self, commands: Sequence[Command], timeout: float = REPLY_SECONDS) -> list[Any]:
+        """Send all, then read all replies; an error reply stands in the list as a ResponseError.
+
+        Any other failure closes the connection, because a half-read one must not be used again. Answers raw
+        RESP2 values.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                connection = await self.open()
+                packed = connection.pack_commands(cast(Any, commands))
+                await connection.send_packed_command(packed, check_health=False)
+                return [await self._reply(connection) for _ in commands]
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _reply(self, connection: AbstractConnection) -> Any:
+        try:
+            return await connection.read_response(timeout=math.inf, disconnect_on_error=False)
+        except redis_errors.ResponseError as err:
+            return err
+
+    async def close(self) -> None:
+        """Drop the connection; the next use opens another."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+
+
+@dataclass
+class _Item:
+    command: Command
+    size: int
+    deadline: float
+    future: asyncio.Future[tuple[Any, int]] = field(repr=False)
+
+
+class Pipe:
+    """Idempotent commands of many tasks over one link, what waits going out together as one write.
+
+    Cancelling a caller does not take its command back: it may already be on its way.
+    """
+
+    def __init__(self, link: Link, scripts: Mapping[str, Script]) -> None:
+        self._link = link
+        self._scripts = scripts
+        self._queue: deque[_Item] = deque()
+        self._flusher: asyncio.Task[None] | None = None
+
+    @property
+    def link(self) -> Link:
+        """The link underneath."""
+        return self._link
+
+    async def call(self, *command: str | bytes | int) -> Any:
+        """Run one command; answers the raw reply.
+
+        Raises:
+            StoreUnavailable: no answer within RETRY_SECONDS; the command may have run or may yet run.
+            StoreMismatch, Denied, Terminal.
+        """
+        return (await self.call_on(*command))[0]
+
+    async def call_on(self, *command: str | bytes | int) -> tuple[Any, int]:
+        """As `call`, with the generation of the connection that answered."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[tuple[Any, int]] = loop.create_future()
+        size = sum(len(word) for word in command if isinstance(word, str | bytes))
+        self._queue.append(_Item(command, size, loop.time() + RETRY_SECONDS, future))
+        if self._flusher is None or self._flusher.done():
+            self._flusher = loop.create_task(self._flush())
+        return await future
+
+    async def script(self, name: str, keys: Sequence[str], *args: str | bytes | int) -> Any:
+        """Run a script by its digest; it is loaded if the server does not know it."""
+        return (await self.script_on(name, keys, *args))[0]
+
+    async def script_on(
+        self, name: str, keys: Sequence[str], *args: str | bytes | int
+    ) -> tuple[Any, int]:
+        """As `script`, with the generation of the connection that answered."""
+        return await self.call_on("EVALSHA", self._scripts[name].sha, len(keys), *keys, *args)
+
+    async def _flush(self) -> None:
+        pause = 0.02
+        while self._queue:
+            batch = self._take()
+            try:
+                replies = await self._link.run([item.command for item in batch])
+            except (OSError, TimeoutError, redis_errors.RedisError, CowhandError) as err:
+                if self._again(batch, err):
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, 0.5)
+                continue
+            except BaseException as err:
+                self._fail([*batch, *self._queue], err)
+                self._queue.clear()
+                raise
+            pause = 0.02 if await self._settle(batch, replies) else min(pause * 2, 0.5)
+            if pause > 0.02:
+                await asyncio.sleep(pause)
+
+    def _take(self) -> list[_Item]:
+        batch: list[_Item] = []
+        size = 0
+        while self._queue and len(batch) < BATCH_COMMANDS and size < BATCH_BYTES:
+            batch.append(self._queue.popleft())
+            size += batch[-1].size
+        return batch
+
+    def _again(self, batch: list[_Item], err: Exception) -> bool:
+        """Put back what still has time; answers whether anything waits."""
+        error = translate(err)
+        if isinstance(error, StoreUnavailable):
+            now = asyncio.get_running_loop().time()
+            late = [item for item in batch if item.deadline <= now]
+            self._fail(late, error)
+            self._queue.extendleft(reversed([item for item in batch if item.deadline > now]))
+        else:
+            self._fail(batch, error)
+        return bool(self._queue)
+
+    async def _settle(self, batch: list[_Item], replies: list[Any]) -> bool:
+        """Hand out the replies; answers False if the store said that it cannot for now."""
+        unknown: list[_Item] = []
+        passing: list[_Item] = []
+        reason: Exception | None = None
+        for item, reply in zip(batch, replies, strict=True):
+            if isinstance(reply, redis_errors.NoScriptError):
+                unknown.append(item)
+            elif isinstance(reply, Exception) and _starts(reply, _PASSING):
+                passing.append(item)
+                reason = reply
+            elif isinstance(reply, Exception):
+                self._fail([item], translate(reply))
+            elif not item.future.done():
+                item.future.set_result((reply, self._link.generation))
+        if unknown:
+            await self._load(unknown)
+        if reason is not None:
+            await self._link.close()
+            self._again(passing, reason)
+        return reason is None
+
+    async def _load(self, items: list[_Item]) -> None:
+        loads = [("SCRIPT", "LOAD", script.source) for script in self._scripts.values()]
+        try:
+            replies = await self._link.run(loads)
+        except (OSError, TimeoutError, redis_errors.RedisError, CowhandError) as err:
+            self._again(items, err)
+            return
+        errors = [reply for reply in replies if isinstance(reply, Exception)]
+        if errors:
+            self._fail(items, translate(errors[0]))
+        else:
+            self._queue.extendleft(reversed(items))
+
+    @staticmethod
+    def _fail(items: Sequence[_Item], err: BaseException) -> None:
+        for item in items:
+            if not item.future.done():
+                if isinstance(err, Exception):
+                    item.future.set_exception(err)
+                else:
+                    item.future.cancel()
+
+    async def close(self) -> None:
+        """Stop; commands that wait are cancelled."""
+        if self._flusher is not None and not self._flusher.done():
+            self._flusher.cancel()
+            await asyncio.gather(self._flusher, return_exceptions=True)
+        await self._link.close()

@@ -1,0 +1,27 @@
+-- Heal a session that should be in the ready stream and is not (an entry lost with the tail of a store).
+-- KEYS: meta, ready, workers, own.  ARGV: base, sid, group
+local META, READY, WORKERS, OWN = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local m = redis.call('HMGET', META, 'state', 'lease', 'mode', 'rdy', 'input', 'seen')
+if m[1] == false or ended(m[1]) or m[3] ~= 'running' then return 0 end
+if live(m[2], WORKERS, OWN, now_ms()) then return 0 end
+if m[4] == '0' then
+  if m[2] == '' and m[1] == 'idle' and tonumber(m[5]) < tonumber(m[6]) then return 0 end
+  enqueue(META, READY)
+  return 1
+end
+if #redis.call('XRANGE', READY, m[4], m[4]) == 1 then
+  if #redis.call('XPENDING', READY, ARGV[3], m[4], m[4], 1) == 1 then return 0 end
+  local groups = redis.call('XINFO', 'GROUPS', READY)
+  for _, g in ipairs(groups) do
+    for i = 1, #g, 2 do
+      if g[i] == 'last-delivered-id' then
+        local dms, dseq = string.match(g[i + 1], '^(%d+)-(%d+)$')
+        local ems, eseq = string.match(m[4], '^(%d+)-(%d+)$')
+        dms, dseq, ems, eseq = tonumber(dms), tonumber(dseq), tonumber(ems), tonumber(eseq)
+        if ems > dms or (ems == dms and eseq > dseq) then return 0 end
+      end
+    end
+  end
+end
+enqueue(META, READY)
+return 1

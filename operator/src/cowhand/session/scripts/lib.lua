@@ -1,0 +1,66 @@
+-- Put before every script. ARGV[1] is always the base ("cowhand:<ns>:{pNN}:"), ARGV[2] the session id:
+-- dirty sets and channels are named from them, in the same slot as the declared keys.
+local BASE, SID = ARGV[1], ARGV[2]
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+-- Position `seq` of the log. The five fields keep their order: Redis stores equal names once per node.
+local function put(log, seq, kind, eid, now, lease, payload)
+  redis.call('XADD', log, string.format('%d-0', seq), 't', kind, 'e', eid, 'ts', now, 'w', lease, 'p', payload)
+end
+
+local function tail(seq)
+  redis.call('PUBLISH', BASE .. 't:' .. SID, seq)
+end
+
+local function project(proj)
+  redis.call('SADD', proj, SID)
+  redis.call('PUBLISH', BASE .. 'p', SID)
+end
+
+local function worker_of(lease)
+  return lease and string.match(lease, '^%d+:([^:]+):')
+end
+
+-- Both deadlines must lie ahead: the worker's heartbeat and the session's progress.
+local function live(lease, workers, own, now)
+  local wid = worker_of(lease)
+  if not wid then return false end
+  local beat = redis.call('ZSCORE', workers, wid)
+  local progress = redis.call('ZSCORE', own, SID)
+  return beat and tonumber(beat) > now and progress and tonumber(progress) > now
+end
+
+-- Tell the holder, even one that looks dead: it may be back, and the dirty set heals a lost nudge.
+local function nudge(lease, seq)
+  local wid = worker_of(lease)
+  if not wid then return end
+  local dirty = BASE .. 'dirty:' .. wid
+  redis.call('SADD', dirty, SID)
+  redis.call('PEXPIRE', dirty, 600000)
+  redis.call('PUBLISH', BASE .. 'n:' .. wid, SID .. ' ' .. seq)
+end
+
+-- One entry of the ready stream at most: meta.rdy is its id, '0' for none.
+local function enqueue(meta, ready)
+  redis.call('HSET', meta, 'rdy', redis.call('XADD', ready, '*', 's', SID))
+end
+
+local function ended(state)
+  return state == 'closed' or state == 'terminated'
+end
+
+-- A hand never comes back from Lost, a Ready one is not overwritten by Pending or Failed, nor by an older owner.
+local function newer(old, new)
+  if not old then return true end
+  local state, epoch = string.match(old, '^{"state":"(%a+)","owner_epoch":(%d+)')
+  local new_state, new_epoch = string.match(new, '^{"state":"(%a+)","owner_epoch":(%d+)')
+  if new_state == 'Lost' then return true end
+  if state == 'Lost' then return false end
+  if state == 'Ready' then return new_state == 'Ready' and tonumber(new_epoch) >= tonumber(epoch) end
+  return true
+end
+

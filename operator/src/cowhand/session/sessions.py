@@ -1,0 +1,213 @@
+"""`SessionLog` on Redis Streams: create, emit, read and follow the sessions of one tenant.
+
+Used by the gateway, the operator and the harness.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+from cowhand.errors import SessionNotFound, UserError
+from cowhand.session import codec
+from cowhand.session.events import (
+    EXTERNAL,
+    INLINE_LIMIT,
+    SESSION_CREATED,
+    SESSION_DELETED,
+    SESSION_EXEC,
+    SESSION_SUSPENDED,
+    USER_INTERRUPT,
+    USER_MESSAGE,
+    USER_TOOL_CONFIRMATION,
+    Event,
+    NewEvent,
+)
+from cowhand.session.keys import Keys
+from cowhand.session.log import Created, SessionMeta, SessionState
+
+if TYPE_CHECKING:
+    from cowhand.session.store import Store
+
+CHUNK: Final = 256
+"""Events per read, so that one long log does not hold up the other readers."""
+
+POLL_SECONDS: Final = 5.0
+"""How often a follower looks without being nudged."""
+
+EMITTABLE: Final = frozenset({USER_MESSAGE, USER_INTERRUPT, USER_TOOL_CONFIRMATION, SESSION_EXEC})
+"""What `emit_event` takes; the other external types belong to create_session, set_mode and close."""
+
+QUIET: Final = frozenset({SESSION_EXEC})
+"""External events that give a harness nothing to do: they do not make the session ready."""
+
+_SESSION_ID: Final = re.compile(r"sesn_[0-9a-f]{32}")
+_EVENT_ID_LIMIT: Final = 256
+
+
+def check_event_id(event: NewEvent) -> None:
+    """Raise UserError unless the event has a usable id."""
+    if not event.id or len(event.id) > _EVENT_ID_LIMIT:
+        raise UserError(
+            f"event {event.type} needs an id of 1 to {_EVENT_ID_LIMIT} characters: it is the key of"
+            " deduplication when the same event is sent again",
+            field="id",
+        )
+
+
+class RedisSessionLog:
+    """See `log.SessionLog`."""
+
+    def __init__(self, store: Store, keys: Keys) -> None:
+        self._store = store
+        self._keys = keys
+
+    async def create_session(self, meta: SessionMeta, events: Sequence[NewEvent]) -> Created:
+        """See `log.SessionLog.create_session`."""
+        self._check(meta, events)
+        words: list[str | bytes] = []
+        for event in events:
+            words += [event.type, event.id, codec.checked_payload(event)]
+        if meta.tombstone:
+            other = await self._bury(meta)
+            if other is not None:
+                return Created(other, existed=True)
+        kinds = {event.type for event in events}
+        reply = await self._store.script(
+            "create",
+            self._keys.session(meta.session_id),
+            int(USER_MESSAGE in kinds),
+            "suspended" if SESSION_SUSPENDED in kinds else "running",
+            INLINE_LIMIT,
+            len(events),
+            *words,
+            *codec.meta_fields(meta),
+        )
+        if meta.tombstone:
+            key = self._keys.tombstone(meta.tombstone)
+            await self._store.writes.call("SET", key, meta.session_id)
+        await self._durable()
+        return Created(meta.session_id, existed=reply[0] == "EXISTS")
+
+    def _check(self, meta: SessionMeta, events: Sequence[NewEvent]) -> None:
+        if not _SESSION_ID.fullmatch(meta.session_id):
+            raise UserError(f"{meta.session_id!r} is not a session id (sesn_ and 32 hex digits)")
+        if meta.namespace != self._keys.namespace:
+            raise UserError(f"session of {meta.namespace!r} in the log of {self._keys.namespace!r}")
+        if not events or events[0].type != SESSION_CREATED:
+            raise UserError("the first event of a session must be session.created")
+        for event in events:
+            check_event_id(event)
+            if event.type not in EXTERNAL:
+                raise UserError(f"{event.type} cannot be among the first events of a session")
+        if len({event.id for event in events}) != len(events):
+            raise UserError("the first events of a session must have different ids", field="id")
+
+    async def _bury(self, meta: SessionMeta) -> str | None:
+        """Claim the tombstone; answers the session that made this run before, or None."""
+        key = self._keys.tombstone(meta.tombstone)
+        base = self._keys.base_of(meta.tombstone)
+        expected = ""
+        while True:
+            raw: bytes = await self._store.writes.script(
+                "tomb", [key], base, meta.session_id, expected
+            )
+            found = raw.decode()
+            if found.removeprefix("?") == meta.session_id:
+                return None
+            if not found.startswith("?"):
+                return found
+            # Somebody began to make this run. If the session is there it counts, otherwise we take over.
+            other = found[1:]
+            if await self._store.reads.call("EXISTS", self._keys.session(other).meta):
+                return other
+            expected = found
+
+    async def emit_event(self, session_id: str, event: NewEvent) -> int:
+        """See `log.SessionLog.emit_event`."""
+        if event.type not in EMITTABLE:
+            raise UserError(
+                f"{event.type} cannot be emitted: {', '.join(sorted(EMITTABLE))} can", field="type"
+            )
+        check_event_id(event)
+        reply = await self._store.script(
+            "ingest",
+            self._keys.session(session_id),
+            event.id,
+            event.type,
+            codec.checked_payload(event),
+            INLINE_LIMIT,
+            int(event.type not in QUIET),
+        )
+        await self._durable()
+        return int(reply[1])
+
+    async def _durable(self) -> None:
+        if self._store.config.profile == "standard":
+            await self._store.wait()
+
+    async def get_events(
+        self, session_id: str, start: int = 1, end: int | None = None, *, limit: int | None = None
+    ) -> list[Event]:
+        """See `log.SessionLog.get_events`."""
+        events = await self._range(session_id, start, end, limit)
+        if not events:
+            await self._must_exist(session_id)
+        return events
+
+    async def _range(
+        self, session_id: str, start: int, end: int | None, limit: int | None
+    ) -> list[Event]:
+        log = self._keys.session(session_id).log
+        last = "+" if end is None else f"{end}-0"
+        position = max(start, 1)
+        events: list[Event] = []
+        while (end is None or position <= end) and (limit is None or len(events) < limit):
+            count = CHUNK if limit is None else min(CHUNK, limit - len(events))
+            raw = await self._store.reads.call("XRANGE", log, f"{position}-0", last, "COUNT", count)
+            events += [codec.event(entry) for entry in raw]
+            if len(raw) < count:
+                break
+            position = events[-1].seq + 1
+        return events
+
+    async def _must_exist(self, session_id: str) -> None:
+        if not await self._store.reads.call("EXISTS", self._keys.session(session_id).meta):
+            await self._store.verify()
+            raise SessionNotFound(f"there is no session {session_id}")
+
+    async def get_session(self, session_id: str) -> SessionState:
+        """See `log.SessionLog.get_session`."""
+        raw = await self._store.reads.call("HGETALL", self._keys.session(session_id).meta)
+        if not raw:
+            await self._store.verify()
+            raise SessionNotFound(f"there is no session {session_id}")
+        return codec.session_state(session_id, codec.pairs(raw))
+
+    async def follow(self, session_id: str, start: int = 1) -> AsyncIterator[Event]:
+        """See `log.SessionLog.follow`."""
+        position = max(start, 1)
+        known = False
+        # Subscribed before the first read: what comes between the two is announced.
+        async with self._store.hub.subscribe([self._keys.session(session_id).tail]) as tail:
+            while True:
+                events = await self._range(session_id, position, None, CHUNK)
+                for event in events:
+                    yield event
+                    position = event.seq + 1
+                    if event.type == SESSION_DELETED:
+                        return
+                if len(events) == CHUNK:
+                    continue
+                if not events:
+                    try:
+                        await self._must_exist(session_id)
+                    except SessionNotFound:
+                        if known:
+                            return
+                        raise
+                known = True
+                while message := await tail.get(POLL_SECONDS):
+                    if not message[1] or int(message[1]) >= position:
+                        break

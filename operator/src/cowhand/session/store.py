@@ -1,0 +1,177 @@
+"""A process's access to the store: its connections, the store's identity, and the three roles.
+
+`connect` makes it; nothing is opened before the first call. Connections: one for scripts (so that WAIT speaks
+of our own appends), one for reads, one for nudges, and one for each blocking reader.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any, Final
+
+from redis import exceptions as redis_errors
+
+from cowhand.errors import (
+    Fenced,
+    SessionClosed,
+    SessionNotFound,
+    StoreMismatch,
+    StoreUnavailable,
+    UserError,
+)
+from cowhand.session import scripts as lua
+from cowhand.session.codec import too_big
+from cowhand.session.control import RedisControlLog
+from cowhand.session.hub import Hub
+from cowhand.session.keys import Keys, SessionKeys
+from cowhand.session.link import Link, Pipe, connection_factory, translate
+from cowhand.session.log import StoreConfig
+from cowhand.session.sessions import RedisSessionLog
+from cowhand.session.worker import RedisWorkerLog
+
+WAIT_MS: Final = 1000
+"""How long a barrier waits for a replica before it is asked again."""
+
+
+class Store:
+    """Connections of one process to one store.
+
+    Use as `async with connect(...) as store`, or call `aclose`.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        namespace: str,
+        scripts: Mapping[str, lua.Script] | None = None,
+    ) -> None:
+        """`scripts` replaces the packaged ones (tests that prove that a defence matters)."""
+        self.config = config
+        self._namespace = namespace
+        self._make = connection_factory(config)
+        self._identity: bytes | None = None
+        loaded = lua.load() if scripts is None else scripts
+        self.writes = Pipe(self.link(), loaded)
+        self.reads = Pipe(self.link(), loaded)
+        self.hub = Hub(self.link())
+
+    async def __aenter__(self) -> Store:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close all connections but those of readers that still iterate."""
+        await self.writes.close()
+        await self.reads.close()
+        await self.hub.close()
+
+    async def check(self) -> None:
+        """Connect now.
+
+        Raises:
+            StoreUnavailable: it does not answer, or has no identity yet and we may not make one.
+            StoreMismatch: it is not the store that this process started with.
+            Denied: wrong user or password.
+        """
+        await self.reads.call("PING")
+
+    def session_log(self, namespace: str | None = None) -> RedisSessionLog:
+        """`SessionLog` of a tenant (default: the one given to `connect`)."""
+        return RedisSessionLog(self, self.keys(namespace))
+
+    def worker_log(self, pod_uid: str, namespace: str | None = None) -> RedisWorkerLog:
+        """`WorkerLog` of a new worker incarnation in the pod with this uid."""
+        return RedisWorkerLog(self, self.keys(namespace), f"{pod_uid}.{secrets.token_hex(4)}")
+
+    def control_log(self) -> RedisControlLog:
+        """`ControlLog`, for all tenants."""
+        return RedisControlLog(self)
+
+    def keys(self, namespace: str | None = None) -> Keys:
+        """Key names of a tenant."""
+        chosen = self._namespace if namespace is None else namespace
+        if not chosen or ":" in chosen:
+            raise UserError(f"{chosen!r} is not a namespace", field="namespace")
+        return Keys(self.config.prefix, chosen, self.config.partitions)
+
+    def link(self) -> Link:
+        """A connection of one's own, for a blocking reader; close it after use."""
+        return Link(self._make, self._greet)
+
+    async def _greet(self, link: Link) -> None:
+        """Compare the identity of the store with the one we started with, on each new connection."""
+        key = f"{self.config.prefix}:gen"
+        (found,) = await link.run([("GET", key)])
+        if found is None and self._identity is None:
+            (made,) = await link.run([("SET", key, secrets.token_hex(16), "NX")])
+            if isinstance(made, redis_errors.NoPermissionError):
+                raise StoreUnavailable(
+                    "the store has no identity yet: operator, broker or gateway makes it", after=1.0
+                )
+            if isinstance(made, Exception):
+                raise translate(made) from made
+            (found,) = await link.run([("GET", key)])
+        if isinstance(found, Exception):
+            raise translate(found) from found
+        if self._identity is None:
+            self._identity = found
+        elif found != self._identity:
+            raise StoreMismatch(
+                "the store is not the one that this process started with (its data was lost or replaced): "
+                "restore the volume, or restart the process to accept the new store"
+            )
+
+    async def verify(self) -> None:
+        """Raise StoreMismatch if the data was lost behind an open connection."""
+        key = f"{self.config.prefix}:gen"
+        if await self.reads.call("GET", key) != self._identity:
+            raise StoreMismatch("the store has lost its data: restore it, or restart the process")
+
+    async def script(self, name: str, keys: SessionKeys, *args: str | bytes | int) -> list[Any]:
+        """Run a session script; answers `[code, ...]` with the code as text.
+
+        Raises:
+            SessionNotFound, SessionClosed, Fenced, UserError for the codes that mean these, besides what
+            `Pipe.call` raises.
+        """
+        return (await self.script_on(name, keys, *args))[0]
+
+    async def script_on(
+        self, name: str, keys: SessionKeys, *args: str | bytes | int
+    ) -> tuple[list[Any], int]:
+        """As `script`, with the generation of the connection that answered."""
+        names = [keys.name(part) for part in lua.PARTS[name]]
+        raw, generation = await self.writes.script_on(
+            name, names, keys.base, keys.session_id, *args
+        )
+        reply = [raw[0].decode(), *raw[1:]]
+        await self._raise(keys.session_id, reply)
+        return reply, generation
+
+    async def _raise(self, session_id: str, reply: list[Any]) -> None:
+        code = reply[0]
+        if code == "NOSESSION":
+            await self.verify()
+            raise SessionNotFound(f"there is no session {session_id}")
+        if code == "CLOSED":
+            raise SessionClosed(f"session {session_id} has ended; nothing can be appended")
+        if code == "FENCED":
+            raise Fenced(f"session {session_id} is held by {reply[1].decode() or 'nobody'}")
+        if code == "TOOBIG":
+            raise UserError(too_big(f"event {reply[1]}", reply[2]))
+
+    async def wait(self) -> int:
+        """Barrier of profile standard: wait until a replica has all that we wrote on this connection.
+
+        Answers the generation of the connection that it speaks of.
+
+        Raises:
+            StoreUnavailable: no replica has confirmed in time; what was written is not lost, ask again.
+        """
+        replicas, generation = await self.writes.call_on("WAIT", 1, WAIT_MS)
+        if replicas < 1:
+            raise StoreUnavailable("no replica has confirmed the append", after=0.5)
+        return generation

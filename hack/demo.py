@@ -98,8 +98,10 @@ class Demo:
             if "running" in entry.get("state", {}):
                 container = entry["containerID"].removeprefix("containerd://")
                 subprocess.run(
-                    ["docker", "exec", pod["spec"]["nodeName"], "ctr", "-n", "k8s.io", "tasks"]
-                    + ["kill", "-s", "SIGKILL", container],
+                    [
+                        *("docker", "exec", pod["spec"]["nodeName"], "ctr", "-n", "k8s.io"),
+                        *("tasks", "kill", "-s", "SIGKILL", container),
+                    ],
                     capture_output=True,
                     check=False,
                 )
@@ -131,7 +133,7 @@ def summary(demo: Demo, session: str, log: list[Json]) -> None:
     """What happened, from the resource and the log."""
     resource = demo.get("agentsession", session)
     status = resource["status"]
-    of_type = lambda kind: [event for event in log if event["type"] == kind]  # noqa: E731
+    of_type = lambda kind: [event for event in log if event["type"] == kind]
     created = of_type("session.created")[0]["ts"]
     request = of_type("span.model_request_start")[0]["ts"]
     response = of_type("model.response")[0]
@@ -153,7 +155,10 @@ def summary(demo: Demo, session: str, log: list[Json]) -> None:
     for condition in status.get("conditions", []):
         message = condition.get("message", "")
         rows.append(
-            ("condition", f"{condition['type']}={condition['status']} {condition['reason']} {message}"[:110])
+            (
+                "condition",
+                f"{condition['type']}={condition['status']} {condition['reason']} {message}"[:110],
+            )
         )
     print()
     for name, value in rows:
@@ -189,7 +194,7 @@ COUNT = (
 
 
 def fix_the_tests(demo: Demo, stamp: str) -> None:
-    variant = random.choice(sorted(p for p in (EXAMPLE / "variants").iterdir() if p.is_dir()))  # noqa: S311
+    variant = random.choice(sorted(p for p in (EXAMPLE / "variants").iterdir() if p.is_dir()))
     session = f"fix-the-tests-{stamp}"
     title(f"1. A session that fixes failing tests (bug drawn at random: {variant.name})")
     configmap(demo, variant, f"fix-the-tests-repo-{stamp}")
@@ -198,9 +203,14 @@ def fix_the_tests(demo: Demo, stamp: str) -> None:
     note(f"kubectl apply -f examples/fix-the-tests/   (AgentSession {session})")
     apply_session(demo, session, f"fix-the-tests-repo-{stamp}")
     note(f"cowhand events -f {session}\n")
-    wait_for("the session's id", lambda: demo.get("agentsession", session).get("status", {}).get("sessionID"))
+    wait_for(
+        "the session's id",
+        lambda: demo.get("agentsession", session).get("status", {}).get("sessionID"),
+    )
     demo.watch(session)
-    demo.kubectl("wait", "--for=condition=TurnComplete", f"agentsession/{session}", "--timeout=120s")
+    demo.kubectl(
+        "wait", "--for=condition=TurnComplete", f"agentsession/{session}", "--timeout=120s"
+    )
     log = demo.log(session)
     results = [event["data"] for event in log if event["type"] == "tool.result"]
     summary(demo, session, log)
@@ -211,26 +221,43 @@ def fix_the_tests(demo: Demo, stamp: str) -> None:
 def kills(demo: Demo, stamp: str) -> None:
     session = f"unkillable-{stamp}"
     title("2. The point of it all: the harness is killed in mid-turn, and then the sandbox")
-    configmap(demo, min(p for p in (EXAMPLE / "variants").iterdir() if p.is_dir()), f"fix-the-tests-repo-{stamp}")
+    configmap(
+        demo,
+        min(p for p in (EXAMPLE / "variants").iterdir() if p.is_dir()),
+        f"fix-the-tests-repo-{stamp}",
+    )
     apply_session(demo, session, f"fix-the-tests-repo-{stamp}", COUNT)
-    wait_for("the session's id", lambda: demo.get("agentsession", session).get("status", {}).get("sessionID"))
+    wait_for(
+        "the session's id",
+        lambda: demo.get("agentsession", session).get("status", {}).get("sessionID"),
+    )
     watcher = demo.cowhand("events", "-f", session)
     try:
-        started = lambda n: [e for e in demo.log(session) if e["type"] == "tool.started"][n - 1 : n]  # noqa: E731
+        started = lambda n: [e for e in demo.log(session) if e["type"] == "tool.started"][n - 1 : n]
         wait_for("the second tool call", lambda: started(2))
         wake = [e for e in demo.log(session) if e["type"] == "session.wake"][-1]
         uid = wake["lease"].split(":")[1].split(".")[0]
         pods = demo.items("pods", "app.kubernetes.io/component=harness")
         pod = next(p for p in pods if p["metadata"]["uid"] == uid)
-        print(paint("1;31", f"\n   ✗ SIGKILL harness pod {pod['metadata']['name']} while the tool runs\n"), flush=True)
+        print(
+            paint(
+                "1;31",
+                f"\n   ✗ SIGKILL harness pod {pod['metadata']['name']} while the tool runs\n",
+            ),
+            flush=True,
+        )
         demo.sigkill(pod)
-        idle = lambda n: [e for e in demo.log(session) if e["type"] == "session.status_idle"][n - 1 : n]  # noqa: E731
+        idle = lambda n: [e for e in demo.log(session) if e["type"] == "session.status_idle"][
+            n - 1 : n
+        ]
         wait_for("the end of the first turn", lambda: idle(1))
         demo.cowhand("send", session, "The same again, please.").wait(timeout=60)
         wait_for("a call of the second turn", lambda: started(3))
         identity = demo.get("agentsession", session)["status"]["sessionID"]
         sandbox = demo.items("pods", f"cowhand.dev/session-id={identity}")[-1]
-        print(paint("1;31", f"\n   ✗ SIGKILL sandbox pod {sandbox['metadata']['name']}\n"), flush=True)
+        print(
+            paint("1;31", f"\n   ✗ SIGKILL sandbox pod {sandbox['metadata']['name']}\n"), flush=True
+        )
         demo.sigkill(sandbox)
         wait_for("the end of the second turn", lambda: idle(2))
         time.sleep(1)
@@ -262,8 +289,13 @@ def story(log: list[Json]) -> None:
     for seq, worker in workers:
         print(f"   from {seq:>3} worker {worker}")
     for event in lost:
-        print(f"   at   {event['seq']:>3} sandbox {event['data']['sandbox']} lost: {event['data']['reason']}")
-    print(f"   {len(uses)} tool calls asked for, {len(results)} results, each exactly once", flush=True)
+        print(
+            f"   at   {event['seq']:>3} sandbox {event['data']['sandbox']} lost: {event['data']['reason']}"
+        )
+    print(
+        f"   {len(uses)} tool calls asked for, {len(results)} results, each exactly once",
+        flush=True,
+    )
     if sorted(uses) != sorted(results) or [e["seq"] for e in log] != list(range(1, len(log) + 1)):
         sys.exit("error: the log is not what it should be")
 
@@ -273,7 +305,9 @@ def main() -> None:
     if os.environ.get("ANTHROPIC_API_KEY"):
         note("Claude answers: ANTHROPIC_API_KEY is set.")
     else:
-        note("No ANTHROPIC_API_KEY is set: a scripted model server in the cluster plays Claude's side.")
+        note(
+            "No ANTHROPIC_API_KEY is set: a scripted model server in the cluster plays Claude's side."
+        )
         note("The commands and their outputs are real; each scripted answer is computed from them.")
     stamp = time.strftime("%H%M%S")
     fix_the_tests(demo, stamp)

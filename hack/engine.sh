@@ -9,6 +9,7 @@
 
 ENGINE_LOG="$CACHE/logs/dockerd.log"
 PID_FILE="$CACHE/dockerd.pid"
+WRAPPER="$CACHE/engine/runc"
 START_SECONDS=60
 
 explain_and_die() {
@@ -29,15 +30,23 @@ explain_and_die() {
     "install Docker for this distribution; automatic installation knows Debian and Ubuntu"
 }
 
+# install_wrapper: puts the OCI runtime wrapper where dockerd looks for it. It replaces the file and
+# does not write into it: it may be running.
+install_wrapper() {
+  local wrapper
+  wrapper="$("$HACK_DIR/go-build.sh" runc-wrapper)/runc-wrapper"
+  if cmp -s "$wrapper" "$WRAPPER"; then return 0; fi
+  mkdir -p "$(dirname "$WRAPPER")"
+  install -m 0755 "$wrapper" "$WRAPPER.new"
+  mv "$WRAPPER.new" "$WRAPPER"
+}
+
 start_dockerd() {
-  local waited=0 wrapper=""
+  local waited=0
   if missing_sys_resource; then
-    wrapper="$("$HACK_DIR/go-build.sh" runc-wrapper)/runc-wrapper"
-    # A fixed place: running containers remember the path of their runtime.
-    mkdir -p "$CACHE/engine"
-    cmp -s "$wrapper" "$CACHE/engine/runc" || install -m 0755 "$wrapper" "$CACHE/engine/runc"
+    install_wrapper
     log "CAP_SYS_RESOURCE is missing on this machine: containers run without it"
-    set -- --add-runtime "cowhand=$CACHE/engine/runc" --default-runtime cowhand
+    set -- --add-runtime "cowhand=$WRAPPER" --default-runtime cowhand
   fi
   log "starting dockerd (log: $ENGINE_LOG)"
   # A new session without our descriptors: it outlives this script and its terminal.
@@ -56,7 +65,12 @@ start_dockerd() {
 }
 
 ensure() {
-  if docker_up; then return 0; fi
+  if docker_up; then
+    # The cache may have been deleted under a running dockerd.
+    if missing_sys_resource && [ ! -x "$WRAPPER" ] &&
+      [ "$(docker info -f '{{.DefaultRuntime}}')" = cowhand ]; then install_wrapper; fi
+    return 0
+  fi
   explain_and_die
   lock engine
   if docker_up; then return 0; fi

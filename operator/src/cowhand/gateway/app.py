@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -36,6 +37,8 @@ MAX_BODY: Final = 1024 * 1024
 UNSEEN_TTL_S: Final = 60.0
 HEALTH_TTL_S: Final = 5.0
 HEALTH_TIMEOUT_S: Final = 2.0
+# Also keeps keys of the store apart: nothing else of a path becomes part of a key.
+SESSION_ID: Final = re.compile(r"sesn_[0-9a-f]{32}")
 NO_SESSION: Final = "sesn_" + "0" * 32
 
 logger = logging.getLogger(__name__)
@@ -75,7 +78,7 @@ class Gateway:
 
 
 GATEWAY: Final = web.AppKey("gateway", Gateway)
-REQUEST_ID: Final = "cowhand.request_id"
+REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 
 def build(gateway: Gateway) -> web.Application:
@@ -174,6 +177,8 @@ async def _target(request: web.Request, *rights: tuple[str, str]) -> Target:
     gateway = request.app[GATEWAY]
     caller = await _caller(request)
     session_id = request.match_info["id"]
+    if not SESSION_ID.fullmatch(session_id):
+        raise SessionNotFound(f"{session_id!r} is not a session id (sesn_ and 32 hex digits)")
     named = request.headers.get("anthropic-workspace-id") or request.query.get("namespace") or ""
     if named and named not in gateway.logs:
         raise NotFound(f"namespace {named} is not served here (chart value `tenants`)")
@@ -282,10 +287,8 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
     resume = resume_position(request.headers.get("Last-Event-ID"), request.query)
     target = await _target(request, READ)
     session_id = target.session_id
-    if resume is None:
-        start = gateway.unseen.pop(session_id) or target.state.next_seq
-    else:
-        start = max(1, resume[0])
+    unseen = None if resume else gateway.unseen.pop(session_id)
+    start = max(1, resume[0]) if resume else unseen or target.state.next_seq
     context = await context_at(target.log, session_id, start)
     renderer = Renderer(context, after=resume or (0, 0))
     response = _stream_response("text/event-stream")

@@ -1,0 +1,185 @@
+"""What clients may send: paths in errors, ids, repetitions, approvals."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from cowhand.errors import UserError
+from cowhand.gateway.auth import Caller
+from cowhand.gateway.errors import Conflict, TooLarge
+from cowhand.gateway.messages import Ids, check_pending, compose, parse, uuid7, write
+from cowhand.session import events as ev
+from support.gateway_rig import HEX, SID, ListLog, at, created, user_message
+
+JANE = Caller("jane", groups=("dev",))
+
+
+def body(*events):
+    return json.dumps({"events": list(events)}).encode()
+
+
+def text(words="hello"):
+    return {"type": "user.message", "content": [{"type": "text", "text": words}]}
+
+
+def confirm(**extra):
+    return {"type": "user.tool_confirmation", "tool_use_id": "toolu_1", "result": "allow", **extra}
+
+
+def image(**source):
+    return {"type": "user.message", "content": [{"type": "image", "source": source}]}
+
+
+@pytest.mark.parametrize(
+    ("raw", "path"),
+    [
+        (b"{", "not JSON"),
+        (b"[]", "body:"),
+        (b"{}", "events:"),
+        (b'{"events":[]}', "events:"),
+        (body(*[text()] * 51), "events: has 51"),
+        (body(3), "events.0: must be an object"),
+        (body(text(), {"type": "user.nothing"}), "events.1.type:"),
+        (
+            body({"type": "user.define_outcome"}),
+            "events.0.type: user.define_outcome is not supported",
+        ),
+        (body({"type": "user.message"}), "events.0.content:"),
+        (body({"type": "user.message", "content": []}), "events.0.content:"),
+        (body({**text(), "role": "system"}), "events.0.role:"),
+        (body(text(" ")), "events.0.content.0.text: must not be empty"),
+        (body({"type": "user.message", "content": [{"type": "text"}]}), "events.0.content.0.text:"),
+        (
+            body({"type": "user.message", "content": [{"type": "video"}]}),
+            "events.0.content.0.type:",
+        ),
+        (body(image(type="file", file_id="f")), "events.0.content.0.source.type: file sources"),
+        (body(image(type="url", url="http://x/y.png")), "events.0.content.0.source.url:"),
+        (
+            body(image(type="base64", media_type="image/bmp", data="x")),
+            "events.0.content.0.source.media_type:",
+        ),
+        (body({**text(), "id": "mode:3"}), "events.0.id:"),
+        (body({**text(), "id": "x" * 65}), "events.0.id:"),
+        (body(confirm(result="maybe")), "events.0.result:"),
+        (body(confirm(deny_message="no")), "events.0.deny_message: is only allowed"),
+        (body({"type": "user.tool_confirmation", "result": "allow"}), "events.0.tool_use_id:"),
+        (body({"type": "user.interrupt", "session_thread_id": "t"}), "events.0.session_thread_id:"),
+    ],
+)
+def test_a_bad_event_is_refused_by_the_path_of_its_field(raw, path):
+    with pytest.raises(UserError, match=re.escape(path)):
+        parse(raw, SID)
+
+
+def test_good_events():
+    found = parse(
+        body(
+            text(),
+            image(type="base64", media_type="image/png", data="aGk="),
+            {"type": "user.interrupt", "session_thread_id": None},
+            confirm(tool_use_id=f"sevt_{HEX}_toolu_7", result="deny", deny_message="not now"),
+            {"type": "user.message", "content": "short form", "id": "my-id.1"},
+        ),
+        SID,
+    )
+    assert [item.type for item in found] == [
+        "user.message",
+        "user.message",
+        "user.interrupt",
+        "user.tool_confirmation",
+        "user.message",
+    ]
+    assert found[3].data == {"tool_use_id": "toolu_7", "result": "deny", "deny_message": "not now"}
+    assert found[4].data == {"content": [{"type": "text", "text": "short form"}]}
+    assert found[4].id == "my-id.1"
+
+
+def test_the_actor_is_ours_and_not_the_clients():
+    (event,) = compose(parse(body(text()), SID), JANE, ["made"])
+    assert event.data["actor"] == {"user": "jane", "groups": ["dev"], "via": "gateway"}
+    assert event.id == "made"
+    with pytest.raises(UserError, match=r"events\.0\.actor"):
+        parse(body({**text(), "actor": {"user": "root"}}), SID)
+
+
+def test_an_event_over_the_inline_limit_is_too_large():
+    with pytest.raises(TooLarge, match=r"events\.1: \d+ bytes"):
+        compose(parse(body(text(), text("x" * 70_000)), SID), JANE, ["a", "b"])
+
+
+def test_ids_are_uuid7_in_order_of_time():
+    made = [uuid7() for _ in range(50)]
+    assert all(
+        re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", m)
+        for m in made
+    )
+    assert len(set(made)) == 50
+    assert [m[:13] for m in made] == sorted(m[:13] for m in made)
+
+
+def test_a_repetition_gets_the_ids_of_its_first_attempt():
+    ids = Ids()
+    first = ids.of(JANE, SID, b"x", 2, 0)
+    assert ids.of(JANE, SID, b"x", 2, 1) == first == ids.of(JANE, SID, b"x", 2, 2)
+
+
+def test_the_same_words_said_again_on_purpose_are_a_new_event():
+    ids = Ids()
+    first = ids.of(JANE, SID, b"go on", 1, 0)
+    second = ids.of(JANE, SID, b"go on", 1, 0)
+    assert first != second
+    assert ids.of(JANE, SID, b"go on", 1, 1) == second
+
+
+def test_repetitions_of_others_do_not_meet():
+    ids = Ids()
+    first = ids.of(JANE, SID, b"x", 1, 0)
+    assert ids.of(Caller("joe"), SID, b"x", 1, 1) != first
+    assert ids.of(JANE, "sesn_other", b"x", 1, 1) != first
+    assert ids.of(JANE, SID, b"y", 1, 1) != first
+
+
+async def test_writing_twice_with_one_id_writes_once():
+    log = ListLog([at(1, ev.SESSION_CREATED, created())])
+    events = compose(parse(body({**text(), "id": "one"}), SID), JANE, [""])
+    first, second = await write(log, SID, events), await write(log, SID, events)
+    assert first == second
+    assert len(log.events) == 2
+    assert first[0][0] == {
+        "id": f"sevt_{HEX}_2_0",
+        "type": "user.message",
+        "processed_at": None,
+        "content": [{"type": "text", "text": "hello"}],
+    }
+
+
+async def test_one_id_with_other_content_is_a_conflict():
+    log = ListLog([at(1, ev.SESSION_CREATED, created())])
+    await write(log, SID, compose(parse(body({**text("a"), "id": "one"}), SID), JANE, [""]))
+    with pytest.raises(Conflict, match="other content at position 2"):
+        await write(log, SID, compose(parse(body({**text("b"), "id": "one"}), SID), JANE, [""]))
+
+
+async def test_a_call_is_answered_once():
+    log = ListLog([at(1, ev.SESSION_CREATED, created())])
+    await write(log, SID, compose(parse(body(confirm()), SID), JANE, ["a"]))
+    await write(log, SID, compose(parse(body(confirm()), SID), Caller("joe"), ["b"]))
+    assert len(log.events) == 2
+    with pytest.raises(Conflict, match="already answered with allow at position 2"):
+        await write(log, SID, compose(parse(body(confirm(result="deny")), SID), JANE, ["c"]))
+
+
+async def test_only_a_call_that_waits_can_be_confirmed():
+    log = ListLog([at(1, ev.SESSION_CREATED, created()), at(2, ev.USER_MESSAGE, user_message("x"))])
+    log.status = {"pending": [{"tool_use_id": "toolu_5", "name": "bash"}]}
+    wanted = parse(body(confirm()), SID)
+    with pytest.raises(UserError, match=rf"events\.0\.tool_use_id.*sevt_{HEX}_toolu_5"):
+        await check_pending(log, await log.get_session(SID), wanted)
+    log.events.append(
+        at(3, ev.TOOL_PENDING, {"tool_use_id": "toolu_1", "name": "bash", "permission": "Ask"})
+    )
+    await check_pending(log, await log.get_session(SID), wanted)

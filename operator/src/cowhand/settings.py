@@ -309,13 +309,22 @@ class BootstrapSettings:
     """Namespaces that are served."""
     prefix: str = "cowhand"
     """Key prefix of the store, for the ACL rules."""
+    mode: Literal["install", "teardown"] = "install"
+    """What to do (`COWHAND_BOOTSTRAP_MODE`): make what is missing, or prepare the release's removal."""
+    purge: bool = False
+    """Teardown also deletes custom resources, secrets and the store's volume (`COWHAND_PURGE=true`)."""
 
 
 def bootstrap(env: Mapping[str, str] | None = None) -> BootstrapSettings:
     """Settings of `cowhand bootstrap`."""
     env = os.environ if env is None else env
+    mode = _get(env, "BOOTSTRAP_MODE", "install", str)
+    if mode not in ("install", "teardown"):
+        raise UserError(f"COWHAND_BOOTSTRAP_MODE={mode!r} is not install or teardown")
     return BootstrapSettings(
         namespace=_need(env, "NAMESPACE"),
         tenants=_words(_need(env, "TENANTS")),
         prefix=_get(env, "STORE_PREFIX", "cowhand", str),
+        mode="teardown" if mode == "teardown" else "install",
+        purge=_get(env, "PURGE", "false", str) == "true",
     )

@@ -1,0 +1,300 @@
+"""Status of an AgentSession: conditions and projection of the log, each from one snapshot.
+
+Used by `reconcile.session` alone. The order of the checks in `_ready` is the order in which a person would
+have to remove the obstacles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Final, Literal
+
+from cowhand.api.v1alpha1 import (
+    AgentSessionStatus,
+    ErrorStatus,
+    HandStatus,
+    PinnedAgent,
+    Usage,
+)
+from cowhand.api.v1alpha1.reasons import (
+    SessionCondition,
+    SessionReady,
+    SessionReconciling,
+    SessionStalled,
+    Succeeded,
+    TurnComplete,
+)
+from cowhand.reconcile import conditions
+from cowhand.reconcile.conditions import Observed
+from cowhand.reconcile.session_snapshot import Absent, LogView, SessionSnapshot, Unreachable
+
+_TURN: Final[Mapping[str, tuple[TurnComplete, Succeeded]]] = {
+    "end_turn": (TurnComplete.END_TURN, Succeeded.IDLE),
+    "requires_action": (TurnComplete.REQUIRES_ACTION, Succeeded.REQUIRES_ACTION),
+    "interrupted": (TurnComplete.INTERRUPTED, Succeeded.INTERRUPTED),
+    "budget_reached": (TurnComplete.BUDGET_REACHED, Succeeded.BUDGET_REACHED),
+    "refusal": (TurnComplete.REFUSED, Succeeded.REFUSED),
+    "retries_exhausted": (TurnComplete.ERROR, Succeeded.ERROR),
+}
+_FAILED: Final = frozenset({Succeeded.ERROR, Succeeded.REFUSED, Succeeded.BUDGET_REACHED})
+
+_TURN_TEXT: Final[Mapping[TurnComplete, str]] = {
+    TurnComplete.END_TURN: "The model ended its turn.",
+    TurnComplete.INTERRUPTED: "The turn was interrupted; send a message to go on.",
+    TurnComplete.BUDGET_REACHED: "spec.budget is used up.",
+    TurnComplete.REFUSED: "The model refused to go on.",
+}
+
+
+def session_status(snap: SessionSnapshot, now: datetime) -> AgentSessionStatus:
+    """The whole status. What the log cannot tell now stays as it stands in the old status."""
+    old = snap.session.status
+    observed = [item for item in (ready(snap), _reconciling(snap), _stalled(snap)) if item]
+    observed += [_turn_complete(snap), _succeeded(snap)]
+    merged = conditions.merge(
+        old.conditions, observed, generation=snap.session.metadata.generation, now=now
+    )
+    update: dict[str, Any] = {
+        "conditions": merged,
+        "observed_generation": snap.session.metadata.generation,
+    }
+    if isinstance(snap.log, LogView):
+        update |= _projection(snap, snap.log)
+    elif snap.adopted:
+        update["session_id"] = snap.session_id
+    return old.model_copy(update=update)
+
+
+def _projection(snap: SessionSnapshot, log: LogView) -> dict[str, Any]:
+    """The fields that mirror the log."""
+    document = log.document
+    usage, error = document.get("usage"), document.get("error")
+    ids = [message.id for message in snap.session.spec.messages or ()]
+    return {
+        "session_id": snap.session_id,
+        "state": log.state,
+        "mode": "Suspended" if log.mode == "suspended" else "Running",
+        "stop_reason": stop_reason(log) or "",
+        "last_seq": log.last_seq,
+        "turns": int(document.get("turns") or 0),
+        "usage": Usage(
+            input_tokens=usage.get("input_tokens", 0),
+            output_tokens=usage.get("output_tokens", 0),
+            cache_read_input_tokens=usage.get("cache_read_input_tokens", 0),
+            cache_creation_input_tokens=usage.get("cache_creation_input_tokens", 0),
+        )
+        if usage
+        else None,
+        "tool_calls": int(document.get("tool_calls") or 0),
+        "time_to_first_token_milliseconds": document.get("ttft_ms"),
+        "agent": snap.pinned or snap.session.status.agent or PinnedAgent(),
+        "delivered_messages": tuple(one for one in ids if one in snap.delivered),
+        "hands": tuple(
+            HandStatus(
+                name=hand["name"],
+                instance=hand["instance"],
+                sandbox_name=hand.get("sandbox") or "",
+                state=hand["state"],
+            )
+            for hand in document.get("hands") or ()
+        ),
+        "error": ErrorStatus(type=str(error["type"])[:128], message=str(error["message"])[:4096])
+        if error
+        else None,
+    }
+
+
+def stop_reason(log: LogView) -> str | None:
+    """Type of the last stop reason, None while a turn runs or before the first."""
+    reason = log.document.get("stop_reason")
+    return str(reason["type"]) if reason else None
+
+
+def ready(snap: SessionSnapshot) -> Observed:
+    """Ready: the session is in the log and does what its spec asks."""
+    kind = SessionCondition.READY
+    log = snap.log
+    if snap.deleting:
+        return Observed(kind, "False", SessionReady.DELETING, "The log is being ended.")
+    if not snap.served:
+        return Observed(kind, "False", SessionReady.NAMESPACE_NOT_SERVED, _not_served(snap))
+    if isinstance(log, Unreachable):
+        text = f"{log.message}; it is tried again."
+        return Observed(kind, "False", SessionReady.STORE_UNAVAILABLE, text)
+    if isinstance(log, Absent):
+        return _not_in_log(snap)
+    return _in_log(snap, log)
+
+
+def _not_served(snap: SessionSnapshot) -> str:
+    namespace = snap.session.metadata.namespace
+    return f"Namespace {namespace} is not a tenant: add it to the chart's value tenants."
+
+
+def _not_in_log(snap: SessionSnapshot) -> Observed:
+    kind = SessionCondition.READY
+    if snap.adopted:
+        text = "This run was made before and its log is gone. Set spec.runID for a new run."
+        return Observed(kind, "True", SessionReady.ALREADY_RAN, text)
+    if snap.session.status.session_id:
+        text = (
+            f"The store does not know {snap.session_id}: its data was lost or replaced. Make a new "
+            "AgentSession to run it again."
+        )
+        return Observed(kind, "False", SessionReady.SESSION_LOST, text)
+    if snap.missing_agent is not None:
+        text = f"Agent {snap.missing_agent!r} does not exist in this namespace: create it."
+        return Observed(kind, "False", SessionReady.AGENT_NOT_FOUND, text)
+    if snap.missing_environments:
+        named = ", ".join(repr(name) for name in snap.missing_environments)
+        text = f"Environment {named} does not exist in this namespace: create it."
+        return Observed(kind, "False", SessionReady.ENVIRONMENT_NOT_FOUND, text)
+    if snap.refusal is not None:
+        reason = SessionReady(snap.refusal.reason)
+        return Observed(kind, "False", reason, snap.refusal.message)
+    return Observed(kind, "Unknown", SessionReady.PENDING, "The session is being created.")
+
+
+def _in_log(snap: SessionSnapshot, log: LogView) -> Observed:
+    kind = SessionCondition.READY
+    if snap.adopted:
+        text = (
+            f"The log has this run already, as {snap.session_id}: nothing ran again. Set "
+            "spec.runID for a new run."
+        )
+        unsent = [m.id for m in snap.session.spec.messages or () if m.id not in snap.delivered]
+        if unsent:
+            text += f" Not sent, because that run has ended: messages {', '.join(unsent)}."
+        return Observed(kind, "True", SessionReady.ALREADY_RAN, text)
+    if log.ended:
+        text = "The session has ended; its log can be read."
+        return Observed(kind, "True", SessionReady.TERMINATED, text)
+    if log.mode == "suspended":
+        text = "No model request and no tool call starts while spec.operatingMode is Suspended."
+        return Observed(kind, "True", SessionReady.SUSPENDED, text)
+    return Observed(kind, "True", SessionReady.ACCEPTED, f"Session {snap.session_id} may run.")
+
+
+def _reconciling(snap: SessionSnapshot) -> Observed | None:
+    """Reconciling: present while something is on its way."""
+    reason = _on_its_way(snap)
+    if reason is None:
+        return None
+    return Observed(SessionCondition.RECONCILING, "True", reason, ready(snap).message)
+
+
+def _on_its_way(snap: SessionSnapshot) -> SessionReconciling | None:
+    if snap.deleting:
+        return SessionReconciling.DELETING
+    if not snap.served or _doomed(snap) is not None:
+        return None
+    if isinstance(snap.log, Unreachable):
+        return SessionReconciling.STORE_UNAVAILABLE
+    if isinstance(snap.log, Absent):
+        if snap.adopted:
+            return None
+        if snap.missing_agent is not None or snap.missing_environments:
+            return SessionReconciling.WAITING_FOR_REFERENCE
+        return SessionReconciling.CREATING
+    if snap.log.ended or snap.adopted:
+        return None
+    if snap.log.mode != wanted_mode(snap):
+        return SessionReconciling.CHANGING_MODE
+    if any(message.id not in snap.delivered for message in snap.session.spec.messages or ()):
+        return SessionReconciling.DELIVERING
+    return None
+
+
+def wanted_mode(snap: SessionSnapshot) -> Literal["running", "suspended"]:
+    """Mode that the spec asks for, in the words of the log."""
+    return "suspended" if snap.session.spec.operating_mode == "Suspended" else "running"
+
+
+def _doomed(snap: SessionSnapshot) -> SessionStalled | None:
+    """Why trying again cannot help, or None."""
+    if not snap.served:
+        return SessionStalled.NAMESPACE_NOT_SERVED
+    if isinstance(snap.log, Absent) and not snap.adopted:
+        if snap.session.status.session_id:
+            return SessionStalled.SESSION_LOST
+        waits = snap.missing_agent is not None or snap.missing_environments
+        if snap.refusal is not None and not waits:
+            return SessionStalled(snap.refusal.reason)
+    return None
+
+
+def _stalled(snap: SessionSnapshot) -> Observed | None:
+    """Stalled: present when trying again cannot help."""
+    reason = None if snap.deleting else _doomed(snap)
+    if reason is None:
+        return None
+    return Observed(SessionCondition.STALLED, "True", reason, ready(snap).message)
+
+
+def _turn_complete(snap: SessionSnapshot) -> Observed:
+    """TurnComplete: True only while the session is idle after a turn and nothing waits."""
+    kind = SessionCondition.TURN_COMPLETE
+    pending = Observed(kind, "False", TurnComplete.PENDING, "No turn has started yet.")
+    log = snap.log
+    if not isinstance(log, LogView):
+        return conditions.keep(snap.session.status.conditions, kind, pending)
+    reason = stop_reason(log) or ""
+    running = log.state in ("running", "rescheduling")
+    if reason == "suspended" or (log.mode == "suspended" and (running or log.waiting)):
+        text = "The session was suspended before its turn ended."
+        return Observed(kind, "False", TurnComplete.SUSPENDED, text)
+    if not log.ended and (running or log.waiting):
+        return Observed(kind, "False", TurnComplete.RUNNING, "A turn is being worked on.")
+    if reason in _TURN:
+        word = _TURN[reason][0]
+        return Observed(kind, "True", word, _turn_text(word, log))
+    if log.ended:
+        return Observed(kind, "True", TurnComplete.ERROR, "The session ended before its turn did.")
+    return pending
+
+
+def _turn_text(word: TurnComplete, log: LogView) -> str:
+    if word is TurnComplete.REQUIRES_ACTION:
+        waiting = ", ".join(
+            f"{call['name']} ({call['tool_use_id']})" for call in log.document.get("pending") or ()
+        )
+        return f"Waits for an approval: {waiting}. Use `cowhand approve` or `cowhand deny`."
+    if word is TurnComplete.ERROR:
+        error = log.document.get("error") or {}
+        return f"{error.get('type', 'error')}: {error.get('message', 'retries were used up')}"
+    return _TURN_TEXT[word]
+
+
+def _succeeded(snap: SessionSnapshot) -> Observed:
+    """Succeeded: Unknown while the run can go on."""
+    kind = SessionCondition.SUCCEEDED
+    pending = Observed(kind, "Unknown", Succeeded.PENDING, "No turn has started yet.")
+    log = snap.log
+    if not isinstance(log, LogView):
+        return conditions.keep(snap.session.status.conditions, kind, pending)
+    turn = _turn_complete(snap)
+    reason = stop_reason(log)
+    known = _TURN.get(reason or "")
+    if log.ended:
+        return _ended(reason, turn.message)
+    if turn.status == "True" and known is not None:
+        status = "False" if known[1] in _FAILED else "Unknown"
+        return Observed(kind, "False" if status == "False" else "Unknown", known[1], turn.message)
+    if turn.reason == TurnComplete.SUSPENDED:
+        return Observed(kind, "Unknown", Succeeded.SUSPENDED, turn.message)
+    if turn.reason == TurnComplete.RUNNING:
+        return Observed(kind, "Unknown", Succeeded.RUNNING, turn.message)
+    return pending
+
+
+def _ended(reason: str | None, message: str) -> Observed:
+    kind = SessionCondition.SUCCEEDED
+    if reason == "end_turn":
+        text = "The session was ended after a complete turn."
+        return Observed(kind, "True", Succeeded.COMPLETED, text)
+    known = _TURN.get(reason or "")
+    if known is not None and known[1] in _FAILED:
+        return Observed(kind, "False", known[1], message)
+    text = "The session was ended before its turn was complete."
+    return Observed(kind, "False", Succeeded.TERMINATED, text)

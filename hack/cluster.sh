@@ -107,11 +107,28 @@ node_state() {
   echo "${state:-absent}"
 }
 
+# control_plane_fresh: whether every system pod is ready and was started after the node's container,
+# and the controller manager leads. After a restart of the node the API server still serves the
+# conditions and endpoints from before, until the old leader's lease has run out.
+control_plane_fresh() {
+  local since
+  since=$(docker container inspect -f '{{.State.StartedAt}}' "$NODE" | cut -c1-19)
+  {
+    "$KUBECTL" -n kube-system get lease kube-controller-manager --request-timeout=5s \
+      -o 'jsonpath=true {.spec.renewTime}{"\n"}'
+    "$KUBECTL" -n kube-system get pods --request-timeout=5s -o \
+      'jsonpath={range .items[*]}{.status.containerStatuses[0].ready} {.status.containerStatuses[0].state.running.startedAt}{"\n"}{end}'
+  } 2>/dev/null | awk -v since="$since" '
+    $1 != "true" || substr($2, 1, 19) < since { stale = 1 }
+    END { exit stale || NR < 2 }'
+}
+
 healthy() {
   [ -s "$KUBECONFIG" ] || return 1
   "$KUBECTL" get --raw=/readyz --request-timeout=5s >/dev/null 2>&1 || return 1
   [ "$("$KUBECTL" get node "$NODE" --request-timeout=5s \
-    -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}' 2>/dev/null)" = True ]
+    -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}' 2>/dev/null)" = True ] || return 1
+  control_plane_fresh
 }
 
 wait_healthy() {
@@ -135,7 +152,7 @@ bring_back() {
       write_kubeconfig || return 1
       if wait_healthy 5; then return 0; fi
       log "the cluster $CLUSTER does not answer yet: waiting"
-      if wait_healthy 60; then return 0; fi
+      if wait_healthy 90; then return 0; fi
       log "restarting the node $NODE"
       docker restart "$NODE" >/dev/null || return 1
       ;;
@@ -144,9 +161,7 @@ bring_back() {
       docker start "$NODE" >/dev/null || return 1
       ;;
   esac
-  write_kubeconfig || return 1
-  # A node that comes back reports its old Ready condition until its kubelet says otherwise.
-  wait_healthy 120 && "$KUBECTL" -n kube-system rollout status deployment/coredns --timeout=90s >/dev/null
+  write_kubeconfig && wait_healthy 180
 }
 
 create() {

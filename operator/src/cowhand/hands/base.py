@@ -6,12 +6,16 @@ sees, never an exception; only a lost lease (`Fenced`) ends the caller.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from cowhand.session.events import NewEvent
 from cowhand.session.log import HandRecord
+
+MAX_BYTES: Final = 60_000
+"""Largest result as JSON bytes: an event of the log holds 64 KiB."""
 
 LOST_RUNNING: Final = (
     "the sandbox was lost while the call ran; it may have partly executed; the next call starts a "
@@ -114,13 +118,21 @@ def next_instance(state: tuple[int, str] | None) -> int:
 
 
 def cut_output(text: str, limit: int) -> str:
-    """Text of at most about `limit` characters: head, a note that says what is missing, tail."""
-    if len(text) <= limit:
-        return text
-    head = limit // 2
-    tail = limit - head
-    note = f"\n\n[... {len(text) - limit} of {len(text)} characters left out ...]\n\n"
-    return text[:head] + note + text[len(text) - tail :]
+    """At most about `limit` characters and `MAX_BYTES` of JSON: head, a note of what is missing, tail."""
+    keep = limit
+    while True:
+        found = text if len(text) <= keep else _cut(text, keep)
+        size = len(json.dumps(found, ensure_ascii=False).encode())
+        if size <= MAX_BYTES:
+            return found
+        # An event must fit the log: wide characters and escapes count for more than one.
+        keep = min(keep, len(text)) * MAX_BYTES // (size + 1)
+
+
+def _cut(text: str, keep: int) -> str:
+    head = keep // 2
+    tail = text[len(text) - (keep - head) :]
+    return f"{text[:head]}\n\n[... {len(text) - keep} of {len(text)} characters left out ...]\n\n{tail}"
 
 
 def printable(text: str) -> str:

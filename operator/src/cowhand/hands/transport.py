@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import aiohttp
+from yarl import URL
 
 from cowhand.errors import BrokerUnavailable, Denied, HandUnavailable
 from cowhand.wire.keys import PublicKeys, load_keys
@@ -135,7 +136,7 @@ class PinnedTransport:
         try:
             async with self._client().request(
                 method,
-                aiohttp.client.URL(f"https://{endpoint.address}{path}", encoded=True),
+                URL(f"https://{endpoint.address}{path}", encoded=True),
                 data=data,
                 headers=headers,
                 ssl=self._pin(endpoint.cert_sha256),

@@ -366,8 +366,13 @@ def _leftover(conversation: Conversation) -> Step | None:
     return None
 
 
-def next_step(conversation: Conversation) -> Step:
-    """The next step of a session; see the module."""
+def next_step(conversation: Conversation, *, provisioned: bool = False) -> Step:
+    """The next step of a session; see the module.
+
+    Args:
+        conversation: the folded log.
+        provisioned: this worker has already waited for the eager hands.
+    """
     if conversation.closed:
         return Stop()
     if conversation.created is None:
@@ -376,13 +381,15 @@ def next_step(conversation: Conversation) -> Step:
     if step is not None:
         return step
     if not conversation.ended or conversation.triggered:
-        return _work_step(conversation)
+        return _work_step(conversation, provisioned)
     return Park()
 
 
-def _work_step(conversation: Conversation) -> Step:
+def _work_step(conversation: Conversation, provisioned: bool) -> Step:
     """The next step of an open turn, or of one that is to begin."""
-    step = _failed(conversation) or _ending(conversation) or _eager(conversation)
+    step = _failed(conversation) or _ending(conversation)
+    if step is None and not provisioned:
+        step = _eager(conversation)
     if step is not None:
         return step
     if conversation.unresolved:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
-_CONCAT = {
+MAX_MESSAGE: Final = 2000
+"""Characters of an error message that are kept."""
+
+_CONCAT: Final = {
     "text_delta": ("text", "text"),
     "thinking_delta": ("thinking", "thinking"),
 }
@@ -34,7 +37,7 @@ class ModelError(Exception):
         status: int | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(well_formed(message)[:MAX_MESSAGE])
         self.type = kind
         self.status = status
         self.retry_after_s = retry_after_s

@@ -1,0 +1,104 @@
+"""`cowhand harness`: wires store, proxy, model and hands to one worker, and drains on SIGTERM.
+
+The process has no credential but its store login: the model key and hand tokens come from the proxy
+of this pod.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from pathlib import Path
+from typing import Final
+
+from cowhand import session
+from cowhand.hands.registry import Hands
+from cowhand.hands.sandbox import SandboxHand, SandboxSettings
+from cowhand.hands.transport import Credentials, PinnedTransport, ProxyCredentials, Transport
+from cowhand.harness.loop import LoopSettings, SessionLoop, Surroundings
+from cowhand.harness.model import AnthropicModel, Model
+from cowhand.harness.worker import Worker, WorkerSettings
+from cowhand.session.log import StoreConfig
+from cowhand.settings import HarnessSettings, StoreSettings
+
+log = logging.getLogger(__name__)
+
+READY_FILE: Final = "/run/cowhand/ready"
+
+
+def store_config(settings: StoreSettings) -> StoreConfig:
+    """The store as the session package wants it."""
+    return StoreConfig(
+        url=settings.url,
+        username=settings.username,
+        password=settings.password,
+        ca_file=settings.ca_file,
+        prefix=settings.prefix,
+        partitions=settings.partitions,
+        profile=settings.profile,
+    )
+
+
+def surroundings(
+    model: Model, transport: Transport, credentials: Credentials, limits: SandboxSettings
+) -> Surroundings:
+    """Model and sandbox hands for the sessions of a worker."""
+
+    def make_hands(loop: SessionLoop) -> Hands:
+        return Hands(lambda name: SandboxHand(name, loop, transport, credentials, limits))
+
+    async def always() -> None:
+        return None
+
+    return Surroundings(model=model, make_hands=make_hands, admit=always)
+
+
+async def run(settings: HarnessSettings, *, ready_file: str = READY_FILE) -> None:
+    """Work for one tenant until SIGTERM or SIGINT, then drain.
+
+    Args:
+        settings: from `cowhand.settings.harness`.
+        ready_file: written after the first heartbeat, removed at the end.
+
+    Raises:
+        StoreMismatch, Denied: the store is not the one we started with, or refuses us.
+    """
+    model = AnthropicModel(settings.proxy_url)
+    transport, credentials = PinnedTransport(), ProxyCredentials(settings.proxy_url)
+    limits = SandboxSettings(wait_s=settings.hand_wait_s, max_output=settings.max_tool_output)
+    ready = Path(ready_file)
+    store = session.connect(store_config(settings.store), namespace=settings.namespace)
+    try:
+        worker = Worker(
+            store.worker_log(settings.pod_uid),
+            store.session_log(),
+            surroundings(model, transport, credentials, limits),
+            WorkerSettings(
+                namespace=settings.namespace,
+                max_sessions=settings.max_sessions,
+                drain_s=float(settings.drain_seconds),
+                loop=LoopSettings(tool_timeout_ms=settings.tool_timeout_ms),
+            ),
+            on_ready=lambda: _write(ready),
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, worker.drain)
+        await worker.run()
+    finally:
+        _remove(ready)
+        await model.close()
+        await transport.close()
+        await credentials.close()
+        await store.aclose()
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _write(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("ready\n", encoding="utf-8")
+    log.info("ready")

@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from cowhand.errors import BrokerUnavailable, CowhandError, UserError
 from cowhand.proxy.client import Connection, Origin, Pool, UpstreamError, client_tls
 from cowhand.proxy.http1 import Headers, Limits
-from cowhand.wire.keys import PublicKeys, load_keys
-from cowhand.wire.tokens import HandClaims, UnknownKey, verify
 
 MAX_ANSWER: Final = 256 * 1024
 """Longest answer of the broker that is read, in bytes."""
-
-KEYS_MIN_INTERVAL_S: Final = 5.0
-"""Tokens with invented key ids make us ask the broker at most this often."""
 
 
 class BrokerRefusal(CowhandError):
@@ -153,39 +147,3 @@ def _judge(status: int, answer: bytes) -> dict[str, Any]:
     if 400 <= status <= 499 and kind:
         raise BrokerRefusal(status, kind, message)
     raise BrokerUnavailable(f"The broker answered {status}: {message or 'no reason'}", after=2)
-
-
-class KeyRing:
-    """The broker's public keys as a proxy knows them, fetched when a token names an unknown one."""
-
-    def __init__(
-        self,
-        fetch: Callable[[], Awaitable[dict[str, Any]]],
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._fetch = fetch
-        self._clock = clock
-        self._keys: PublicKeys = {}
-        self._asked: float | None = None
-        self._lock = asyncio.Lock()
-
-    async def refresh(self) -> None:
-        """Fetch the keys now; raises BrokerUnavailable or UserError and keeps the old ones."""
-        self._asked = self._clock()
-        self._keys = load_keys(await self._fetch())
-
-    async def verify(self, token: str, now: float) -> HandClaims:
-        """`wire.tokens.verify` with the newest keys.
-
-        Raises:
-            Unauthenticated: the token is not good.
-            BrokerUnavailable: its key is unknown and the broker cannot be asked.
-        """
-        try:
-            return verify(token, self._keys, now)
-        except UnknownKey:
-            async with self._lock:
-                if self._asked is None or self._clock() - self._asked >= KEYS_MIN_INTERVAL_S:
-                    await self.refresh()
-            return verify(token, self._keys, now)

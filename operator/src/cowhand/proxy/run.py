@@ -1,4 +1,8 @@
-"""`cowhand proxy`: wire settings, broker client, server and signals together for either mode."""
+"""`cowhand proxy`: wire settings, broker client, server and signals together for either mode.
+
+Each mode is imported only where it runs: a harness's proxy checks no signature, so it does not need
+the memory of `cryptography`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,9 @@ from pathlib import Path
 from typing import Final
 
 from cowhand.errors import UserError
-from cowhand.proxy import harness, sandbox
 from cowhand.proxy.brokerclient import BrokerClient
 from cowhand.proxy.http1 import Limits
 from cowhand.proxy.server import Server
-from cowhand.proxy.tls import self_signed
 from cowhand.settings import ProxySettings
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ async def run(settings: ProxySettings, *, stop: asyncio.Event | None = None) -> 
 async def _serve_harness(
     settings: ProxySettings, broker: BrokerClient, stop: asyncio.Event
 ) -> None:
+    from cowhand.proxy import harness
+
     _harden()
     proxy = harness.HarnessProxy(broker)
     limits = Limits(connections=HARNESS_CONNECTIONS)
@@ -66,6 +70,9 @@ async def _serve_harness(
 async def _serve_sandbox(
     settings: ProxySettings, broker: BrokerClient, stop: asyncio.Event
 ) -> None:
+    from cowhand.proxy import sandbox
+    from cowhand.proxy.tls import self_signed
+
     tls, cert_sha256 = self_signed()
     _harden()
     proxy = sandbox.SandboxProxy(broker, settings.sandboxd_port)

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from cowhand.errors import BrokerUnavailable, CowhandError, Unauthenticated, UserError
-from cowhand.proxy.brokerclient import BrokerClient, KeyRing
+from cowhand.proxy.brokerclient import BrokerClient
 from cowhand.proxy.client import Origin, Pool, UpstreamError
 from cowhand.proxy.fence import Fence, FenceRefusal
 from cowhand.proxy.http1 import Headers, Limits
+from cowhand.proxy.keyring import KeyRing
 from cowhand.proxy.relay import relay
 from cowhand.proxy.server import Exchange, Refusal
 

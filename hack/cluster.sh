@@ -107,8 +107,8 @@ node_state() {
   echo "${state:-absent}"
 }
 
-# control_plane_fresh: whether every system pod is ready and was started after the node's container,
-# and the controller manager leads. After a restart of the node the API server still serves the
+# control_plane_fresh: whether cluster DNS and kube-proxy are ready and were started after the node's
+# container, and the controller manager leads. After a restart of the node the API server still serves the
 # conditions and endpoints from before, until the old leader's lease has run out.
 control_plane_fresh() {
   local since
@@ -116,11 +116,21 @@ control_plane_fresh() {
   {
     "$KUBECTL" -n kube-system get lease kube-controller-manager --request-timeout=5s \
       -o 'jsonpath=true {.spec.renewTime}{"\n"}'
-    "$KUBECTL" -n kube-system get pods --request-timeout=5s -o \
+    "$KUBECTL" -n kube-system get pods -l 'k8s-app in (kube-dns, kube-proxy)' --request-timeout=5s -o \
       'jsonpath={range .items[*]}{.status.containerStatuses[0].ready} {.status.containerStatuses[0].state.running.startedAt}{"\n"}{end}'
   } 2>/dev/null | awk -v since="$since" '
     $1 != "true" || substr($2, 1, 19) < since { stale = 1 }
     END { exit stale || NR < 2 }'
+}
+
+# dns_current: whether the endpoints of cluster DNS are the pods that run now.
+dns_current() {
+  local pods endpoints
+  pods=$("$KUBECTL" -n kube-system get pods -l k8s-app=kube-dns --request-timeout=5s \
+    -o 'jsonpath={range .items[*]}{.status.podIP}{"\n"}{end}' 2>/dev/null | sort)
+  endpoints=$("$KUBECTL" -n kube-system get endpointslices -l kubernetes.io/service-name=kube-dns --request-timeout=5s \
+    -o 'jsonpath={range .items[*].endpoints[?(@.conditions.ready==true)]}{.addresses[0]}{"\n"}{end}' 2>/dev/null | sort)
+  [ -n "$pods" ] && [ "$pods" = "$endpoints" ]
 }
 
 healthy() {
@@ -128,7 +138,7 @@ healthy() {
   "$KUBECTL" get --raw=/readyz --request-timeout=5s >/dev/null 2>&1 || return 1
   [ "$("$KUBECTL" get node "$NODE" --request-timeout=5s \
     -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}' 2>/dev/null)" = True ] || return 1
-  control_plane_fresh
+  control_plane_fresh && dns_current
 }
 
 wait_healthy() {
@@ -152,7 +162,10 @@ bring_back() {
       write_kubeconfig || return 1
       if wait_healthy 5; then return 0; fi
       log "the cluster $CLUSTER does not answer yet: waiting"
-      if wait_healthy 90; then return 0; fi
+      if wait_healthy 90; then
+        sleep 2 # kube-proxy writes its rules at most once a second
+        return 0
+      fi
       log "restarting the node $NODE"
       docker restart "$NODE" >/dev/null || return 1
       ;;
@@ -161,7 +174,8 @@ bring_back() {
       docker start "$NODE" >/dev/null || return 1
       ;;
   esac
-  write_kubeconfig && wait_healthy 180
+  write_kubeconfig && wait_healthy 180 || return 1
+  sleep 2 # kube-proxy writes its rules at most once a second
 }
 
 create() {

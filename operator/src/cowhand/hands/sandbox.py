@@ -111,6 +111,7 @@ class SandboxHand:
         self._clock = clock
         self._record: HandRecord | None = None
         self._making = asyncio.Lock()
+        self._losing = asyncio.Lock()
 
     async def execute(self, call: Call) -> Outcome:
         """See `Hand`."""
@@ -246,8 +247,6 @@ class SandboxHand:
 
     async def _lost(self, instance: int, sandbox: str, reason: str, message: str) -> None:
         self._record = None
-        if self._host.hand_state(self._name) == (instance, "Lost"):
-            return
         data = {
             "hand": self._name,
             "instance": instance,
@@ -255,7 +254,10 @@ class SandboxHand:
             "reason": reason,
             "message": message,
         }
-        await self._host.append([NewEvent(ev.HAND_LOST, data)])
+        # Parallel calls lose it at the same time; the log says so once.
+        async with self._losing:
+            if self._host.hand_state(self._name) != (instance, "Lost"):
+                await self._host.append([NewEvent(ev.HAND_LOST, data)])
 
     # Delivering a call.
 

@@ -1,0 +1,237 @@
+"""From an AgentSession and what it refers to, the events that make its session: a frozen copy.
+
+Later edits of the Agent, the Environment or the chart do not touch a session that runs. Pure; called by
+`controller.sessions` when a session is not in the log yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cowhand.api.v1alpha1 import (
+    AgentSession,
+    AgentSessionSpec,
+    AgentSpec,
+    EnvironmentSpec,
+    Hand,
+    PinnedAgent,
+)
+from cowhand.desired import environment as environments
+from cowhand.errors import UserError
+from cowhand.hands import toolset
+from cowhand.session import events
+from cowhand.session.events import NewEvent
+from cowhand.session.log import SessionMeta
+
+ASSEMBLER: Final = 1
+"""Version of the request builder that a new session is made for."""
+
+_NOT_THE_RUN: Final = frozenset(
+    {"operatingMode", "budget", "ttlSecondsAfterFinished", "deletionPolicy", "title", "messages"}
+)
+
+
+class TooLarge(UserError):
+    """An event of the session would be larger than the log takes."""
+
+
+@dataclass(frozen=True)
+class FreezeDefaults:
+    """The chart's part of a session.
+
+    Attributes:
+        environment: of sessions that name none.
+        sandbox_image: of environments that name none.
+        model_base_url: of agents that name none.
+        model_secret: Secret of the model key, of agents that name none.
+    """
+
+    environment: EnvironmentSpec
+    sandbox_image: str
+    model_base_url: str
+    model_secret: str
+
+
+@dataclass(frozen=True)
+class AgentSource:
+    """The agent that is pinned: its spec, and where it comes from (empty for an inline one)."""
+
+    spec: AgentSpec
+    name: str = ""
+    uid: str = ""
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A session that can be created."""
+
+    meta: SessionMeta
+    events: tuple[NewEvent, ...]
+    pinned: PinnedAgent
+
+
+def _digest(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tombstone(namespace: str, name: str, spec: AgentSessionSpec) -> str:
+    """Key of "this run was already made": hex SHA-256.
+
+    What counts: namespace, name, agent, environment, resources, runID and the first message. What does not:
+    mode, budget, time to live, deletion policy, title, and messages after the first, because they may
+    change while a session lives and do not make it another run. The contents of a referenced Agent do not
+    count either: the name of the reference does.
+    """
+    body = {key: value for key, value in spec.to_json().items() if key not in _NOT_THE_RUN}
+    if spec.messages:
+        body["messages"] = [spec.messages[0].to_json()]
+    return _digest({"namespace": namespace, "name": name, "spec": body})
+
+
+def actor(session: AgentSession) -> dict[str, Any]:
+    """Who did it, for events that follow from the resource."""
+    meta = session.metadata
+    return {"user": f"agentsession:{meta.namespace}/{meta.name}", "via": "kubernetes"}
+
+
+def user_message(session: AgentSession, identity: str, content: str) -> NewEvent:
+    """A message of the spec as an event; `identity` is `0` for spec.message, else its id."""
+    data = {"content": [{"type": "text", "text": content}], "actor": actor(session)}
+    return NewEvent(events.USER_MESSAGE, data, id=f"msg:{identity}")
+
+
+def mode_event(session: AgentSession, suspended: bool) -> NewEvent:
+    """The event of a change of operatingMode, deduplicated by generation."""
+    kind = events.SESSION_SUSPENDED if suspended else events.SESSION_RESUMED
+    identity = f"mode:{session.metadata.generation}"
+    return NewEvent(kind, {"actor": actor(session)}, id=identity)
+
+
+def freeze(
+    session: AgentSession,
+    session_id: str,
+    agent: AgentSource,
+    found: Mapping[str, EnvironmentSpec],
+    defaults: FreezeDefaults,
+) -> Frozen:
+    """The meta and the first events of a session.
+
+    Args:
+        session: the resource.
+        session_id: its id.
+        agent: the agent to pin.
+        found: name -> spec of each Environment that is referred to.
+        defaults: the chart's part.
+
+    Raises:
+        TooLarge: an event is larger than the log takes.
+        UserError: the spec cannot be run; `field` names the member.
+    """
+    meta, spec = session.metadata, session.spec
+    pinned = PinnedAgent(
+        name=agent.name,
+        uid=agent.uid,
+        generation=agent.generation,
+        hash=_digest(agent.spec.to_json()),
+    )
+    created = NewEvent(
+        events.SESSION_CREATED, _created(session, agent.spec, pinned, found, defaults), id="created"
+    )
+    first: list[NewEvent] = [created]
+    if spec.message is not None:
+        first.append(user_message(session, "0", spec.message))
+    first += [user_message(session, one.id, one.content) for one in spec.messages or ()]
+    if spec.operating_mode == "Suspended":
+        first.append(mode_event(session, suspended=True))
+    for event in first:
+        size = len(event.payload())
+        if size > events.INLINE_LIMIT:
+            raise TooLarge(
+                f"{event.type} ({event.id}) has {size} bytes, at most {events.INLINE_LIMIT} fit: "
+                "shorten the system prompt or the message, or put text into a ConfigMap under "
+                "spec.resources"
+            )
+    secret = agent.spec.model.secret_ref
+    model = {
+        "base_url": agent.spec.model.base_url or defaults.model_base_url,
+        "secret": {
+            "name": secret.name if secret else defaults.model_secret,
+            "key": secret.key if secret else "api-key",
+        },
+    }
+    return Frozen(
+        meta=SessionMeta(
+            session_id=session_id,
+            namespace=meta.namespace,
+            name=meta.name,
+            uid=meta.uid,
+            model=model,
+            tombstone=tombstone(meta.namespace, meta.name, spec),
+        ),
+        events=tuple(first),
+        pinned=pinned,
+    )
+
+
+def _created(
+    session: AgentSession,
+    agent: AgentSpec,
+    pinned: PinnedAgent,
+    found: Mapping[str, EnvironmentSpec],
+    defaults: FreezeDefaults,
+) -> dict[str, Any]:
+    """The payload of session.created (docs/interfaces.md section 3)."""
+    meta, spec = session.metadata, session.spec
+    permissions: dict[str, str] = {tool.name: tool.permission for tool in agent.tools}
+    body: dict[str, Any] = {
+        "namespace": meta.namespace,
+        "name": meta.name,
+        "uid": meta.uid,
+        "agent": pinned.to_json(),
+        "request": toolset.request_base(
+            model=agent.model.id,
+            max_tokens=agent.model.max_tokens,
+            system=agent.system,
+            tools=permissions,
+        ),
+        "permissions": dict(permissions),
+        "hands": [_hand(session, hand, found, defaults) for hand in agent.hands],
+        "resources": [resource.to_json() for resource in spec.resources],
+        "budget": _budget(spec),
+        "assembler": ASSEMBLER,
+    }
+    if spec.title:
+        body["title"] = spec.title
+    return body
+
+
+def _hand(
+    session: AgentSession,
+    hand: Hand,
+    found: Mapping[str, EnvironmentSpec],
+    defaults: FreezeDefaults,
+) -> dict[str, Any]:
+    spec = session.spec
+    ref = hand.sandbox.environment_ref or spec.environment_ref
+    wanted = found[ref.name] if ref is not None else spec.environment
+    resolved = environments.resolve(wanted, defaults.environment, defaults.sandbox_image)
+    return {
+        "name": hand.name,
+        "kind": "sandbox",
+        "provisioning": hand.sandbox.provisioning,
+        "environment": resolved.to_json(),
+        "environment_ref": ref.name if ref is not None else "",
+    }
+
+
+def _budget(spec: AgentSessionSpec) -> dict[str, int]:
+    if spec.budget is None:
+        return {}
+    pairs = {"max_tokens": spec.budget.max_tokens, "max_tool_calls": spec.budget.max_tool_calls}
+    return {key: value for key, value in pairs.items() if value is not None}

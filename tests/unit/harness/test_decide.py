@@ -1,0 +1,542 @@
+"""Stop reasons and interleavings: one row, one log, one next step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cowhand.errors import LogIncompatible
+from cowhand.harness import decide
+from cowhand.harness.decide import (
+    CUT_CALL,
+    INTERRUPTED,
+    Append,
+    Park,
+    Provision,
+    RunTools,
+    SendRequest,
+    Stop,
+    backoff,
+    next_step,
+)
+from cowhand.harness.fold import CONTINUE, Conversation, fold
+from cowhand.harness.request import prefix_sha
+from cowhand.session import events as ev
+from cowhand.session.events import Event, NewEvent
+from support.harness_rig import SID, created, message, text, tool_use, user
+
+ACTOR = {"actor": {"user": "u"}}
+
+
+class Log:
+    """Writes a log as workers would."""
+
+    def __init__(self, **options: Any) -> None:
+        self.events: list[Event] = []
+        self.put(NewEvent(ev.SESSION_CREATED, created(**options)))
+
+    def put(self, *events: NewEvent) -> Log:
+        for event in events:
+            seq = len(self.events) + 1
+            self.events.append(Event(seq, event.type, event.id, 0, "", event.payload()))
+        return self
+
+    def wake(self, times: int = 1) -> Log:
+        for _ in range(times):
+            self.events.append(Event(len(self.events) + 1, ev.SESSION_WAKE, "l", 0, "l", b""))
+        return self
+
+    def say(self, value: str = "go") -> Log:
+        return self.put(user(value))
+
+    def interrupt(self) -> Log:
+        return self.put(NewEvent(ev.USER_INTERRUPT, ACTOR))
+
+    def confirm(self, use_id: str, result: str, **more: Any) -> Log:
+        data = {"tool_use_id": use_id, "result": result, **more, **ACTOR}
+        return self.put(NewEvent(ev.USER_TOOL_CONFIRMATION, data))
+
+    def start(self) -> Log:
+        conversation = self.fold()
+        step = next_step(conversation)
+        assert isinstance(step, SendRequest), step
+        prompt = conversation.prompt(step.horizon)
+        sha = prefix_sha(conversation.base, SID, step.max_tokens, prompt)
+        data = {
+            "n": step.n, "attempt": step.attempt, "horizon": step.horizon,
+            "prefix_sha": sha, "n_messages": len(prompt),
+        }  # fmt: skip
+        return self.put(NewEvent(ev.MODEL_REQUEST_START, data))
+
+    def end(self, outcome: str, **more: Any) -> Log:
+        return self.put(NewEvent(ev.MODEL_REQUEST_END, {"start": 1, "outcome": outcome, **more}))
+
+    def fail(self, kind: str, **more: Any) -> Log:
+        return self.start().end("error", error={"type": kind, "message": "why", **more})
+
+    def answer(self, *content: dict[str, Any], stop_reason: str = "end_turn", **more: Any) -> Log:
+        said = message(*content, stop_reason=stop_reason, **more)
+        data = {"message": said, "request_id": "", "ttft_ms": 1, "duration_ms": 1}
+        return self.start().put(NewEvent(ev.MODEL_RESPONSE, data)).end("ok")
+
+    def tools(self, *uses: dict[str, Any]) -> Log:
+        return self.answer(*uses, stop_reason="tool_use")
+
+    def started(self, use_id: str, instance: int = 1) -> Log:
+        data = {
+            "tool_use_id": use_id, "call_id": use_id, "name": "bash", "attempt": 1, "hand": "main",
+            "instance": instance, "class": "effect", "timeout_ms": 1,
+        }  # fmt: skip
+        return self.put(NewEvent(ev.TOOL_STARTED, data))
+
+    def result(self, use_id: str, content: str = "ok") -> Log:
+        data = {"tool_use_id": use_id, "content": content, "is_error": False, "synthesized": False}
+        return self.put(NewEvent(ev.TOOL_RESULT, data))
+
+    def do(self) -> Log:
+        """Append what the next step wants appended."""
+        step = next_step(self.fold())
+        assert isinstance(step, Append), step
+        return self.put(*step.events)
+
+    def fold(self) -> Conversation:
+        return fold(SID, self.events)
+
+    def step(self) -> decide.Step:
+        return next_step(self.fold())
+
+
+def appended(step: decide.Step) -> list[tuple[str, Any]]:
+    """What an Append says, in short."""
+    assert isinstance(step, Append), step
+    short: list[tuple[str, Any]] = []
+    for event in step.events:
+        data = event.data
+        match event.type:
+            case ev.STATUS_IDLE:
+                short.append(("idle", data["stop_reason"]["type"]))
+            case ev.TOOL_RESULT:
+                assert data["is_error"]
+                assert data["synthesized"]
+                short.append(("result", data["tool_use_id"]))
+            case ev.SESSION_ERROR:
+                error = data["error"]
+                short.append(("error", (error["type"], error["retry_status"]["type"])))
+            case ev.TOOL_PENDING:
+                short.append(("pending", data["tool_use_id"]))
+            case _:
+                short.append((event.type, data.get("outcome")))
+    return short
+
+
+def running(step: decide.Step) -> list[str]:
+    assert isinstance(step, RunTools), step
+    return [call.use.id for call in step.calls]
+
+
+READ = [tool_use(f"r{n}", "read") for n in (1, 2, 3)]
+IDLE = [("idle", "end_turn")]
+
+
+def test_nothing_to_do() -> None:
+    assert Log().step() == Park()
+    assert Log().wake().step() == Park()
+    assert Log().say().answer(text("hi")).do().step() == Park()
+    assert Log().say().put(NewEvent(ev.SESSION_DELETED, ACTOR)).step() == Stop()
+
+
+def test_a_message_starts_a_request_that_sees_it() -> None:
+    log = Log().wake().say()
+    assert log.step() == SendRequest(n=1, attempt=1, horizon=3, max_tokens=1000)
+
+
+def test_a_message_in_mid_turn_stands_after_the_results_in_the_same_message() -> None:
+    log = Log().say().tools(tool_use("a"), tool_use("b")).say("and this")
+    log.result("b", "2").result("a", "1")
+    conversation = log.fold()
+    (last,) = conversation.prompt(conversation.last_seq)[-1:]
+    kinds = [item.type for item in last.blocks]
+    assert kinds == ["tool_result", "tool_result", "text"]
+    assert [b'"a"' in last.blocks[0].raw, b'"b"' in last.blocks[1].raw] == [True, True]
+
+
+def test_a_message_after_the_horizon_waits_for_the_next_request() -> None:
+    log = Log().say("one")
+    step = log.step()
+    assert isinstance(step, SendRequest)
+    log.start().say("two").end("lost")
+    assert log.step() == SendRequest(n=1, attempt=2, horizon=step.horizon, max_tokens=1000)
+    log.answer(text("hi"))
+    assert isinstance(log.step(), SendRequest), "the second message still wants an answer"
+
+
+def test_an_open_request_of_a_dead_worker_is_lost_and_sent_again_with_the_same_bytes() -> None:
+    log = Log().say().start().wake()
+    assert appended(log.step()) == [(ev.MODEL_REQUEST_END, "lost")]
+    before = log.fold().prompt(99)
+    log.do()
+    step = log.step()
+    assert isinstance(step, SendRequest)
+    assert (step.n, step.attempt) == (1, 2)
+    assert log.fold().prompt(99) == before
+
+
+@pytest.mark.parametrize(
+    ("stop_reason", "content", "expected"),
+    [
+        ("end_turn", [text("x")], IDLE),
+        ("end_turn", [], IDLE),
+        ("stop_sequence", [text("x")], IDLE),
+        ("reason_of_the_future", [text("x")], IDLE),
+        ("refusal", [], [("idle", "refusal")]),
+        ("refusal", [tool_use("a")], [("idle", "refusal")]),
+        (
+            "model_context_window_exceeded",
+            [text("x")],
+            [("error", ("context_window_exceeded", "exhausted")), ("idle", "retries_exhausted")],
+        ),
+    ],
+)
+def test_stop_reasons_that_end_a_turn(
+    stop_reason: str, content: list[dict[str, Any]], expected: list[tuple[str, Any]]
+) -> None:
+    log = Log().say().answer(*content, stop_reason=stop_reason)
+    assert appended(log.step()) == expected
+    assert log.do().step() == Park()
+    assert log.fold().status["turns"] == 1
+
+
+def test_a_refused_turn_leaves_the_prompt_and_the_turn_before_it_stays_whole() -> None:
+    log = Log().say("one").tools(tool_use("a")).interrupt().do()
+    log.say("bad").answer(stop_reason="refusal").do().say("good")
+    prompt = log.fold().prompt(99)
+    assert [item.role for item in prompt] == ["user", "assistant", "user", "user"]
+    assert b"bad" not in b"".join(item.raw() for item in prompt)
+    assert prompt[2].blocks[0].type == "tool_result"
+    assert b"good" in prompt[3].raw()
+    assert isinstance(log.step(), SendRequest)
+
+
+def test_pause_turn_sends_the_answer_back_and_keeps_a_message_waiting() -> None:
+    log = Log().say().answer(text("part"), stop_reason="pause_turn").say("later")
+    assert isinstance(log.step(), SendRequest)
+    prompt = log.fold().prompt(99)
+    assert [item.role for item in prompt] == ["user", "assistant"]
+    log.answer(text("rest"))
+    assert [item.role for item in log.fold().prompt(99)] == [
+        "user",
+        "assistant",
+        "assistant",
+        "user",
+    ]
+
+
+def test_text_cut_by_max_tokens_goes_on() -> None:
+    log = Log().say().answer(text("part"), stop_reason="max_tokens")
+    assert isinstance(log.step(), SendRequest)
+    assert CONTINUE.encode() in log.fold().prompt(99)[-1].raw()
+    for _ in range(decide.MAX_CONTINUATIONS):
+        log.answer(text("part"), stop_reason="max_tokens")
+    assert appended(log.step())[0] == ("error", ("max_tokens", "exhausted"))
+
+
+def test_a_cut_tool_call_is_asked_for_again_with_twice_the_limit_and_then_refused() -> None:
+    log = Log().say().start().end("truncated")
+    step = log.step()
+    assert isinstance(step, SendRequest)
+    assert (step.attempt, step.max_tokens, step.accept_cut) == (2, 2000, True)
+    log.answer(tool_use("ok"), tool_use("cut"), stop_reason="max_tokens")
+    assert appended(log.step()) == [("result", "cut")]
+    assert CUT_CALL in str(log.step())
+    assert running(log.do().step()) == ["ok"]
+
+
+def test_a_model_that_refuses_twice_the_limit_gets_the_old_one() -> None:
+    log = Log().say().start().end("truncated").fail("invalid_request_error")
+    step = log.step()
+    assert isinstance(step, SendRequest)
+    assert (step.max_tokens, step.accept_cut) == (1000, True)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize("kind", sorted(decide.RETRYABLE))
+def test_a_passing_error_is_tried_again_five_times(kind: str) -> None:
+    log = Log().say()
+    for attempt in range(1, 6):
+        step = log.step()
+        assert isinstance(step, SendRequest)
+        assert (step.n, step.attempt) == (1, attempt)
+        assert step.backoff == backoff(attempt - 1, None)
+        log.fail(kind)
+    assert appended(log.step()) == [("error", (kind, "exhausted")), ("idle", "retries_exhausted")]
+    assert log.do().step() == Park()
+    log.say("again")
+    assert isinstance(log.step(), SendRequest), "new input wakes it"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "invalid_request_error", "authentication_error", "permission_error", "proxy_refused",
+        "request_too_large", "not_found_error", "response_too_large", "type_of_the_future",
+    ],
+)  # fmt: skip
+def test_an_error_that_no_repeat_cures_ends_the_turn_at_once(kind: str) -> None:
+    log = Log().say().fail(kind)
+    assert appended(log.step()) == [("error", (kind, "terminal")), ("idle", "retries_exhausted")]
+    assert log.do().step() == Park()
+
+
+def test_a_message_that_waited_during_a_final_error_starts_nothing_but_is_not_lost() -> None:
+    log = Log().say("one").start().say("two").end("error", error={"type": "x", "message": "y"})
+    assert log.do().step() == Park()
+    log.say("three")
+    prompt = b"".join(item.raw() for item in log.fold().prompt(99))
+    assert all(word in prompt for word in (b"one", b"two", b"three"))
+
+
+def test_retry_after_is_a_floor_and_backoff_is_capped() -> None:
+    assert backoff(0, None) == (0, 0)
+    assert backoff(1, None) == (0, 1)
+    assert backoff(3, None) == (0, 4)
+    assert backoff(50, None) == (0, 60)
+    assert backoff(1, 7) == (7, 8)
+    assert backoff(1, 1e6)[0] == decide.RETRY_AFTER_CAP_S
+    step = Log().say().fail("rate_limit_error", retry_after_s=7).step()
+    assert isinstance(step, SendRequest)
+    assert step.backoff == (7, 8)
+
+
+def test_a_prefix_that_cannot_be_rebuilt_stops_the_session() -> None:
+    log = Log().say().answer(text("hi")).do()
+    start = next(event for event in log.events if event.type == ev.MODEL_REQUEST_START)
+    forged = NewEvent(start.type, {**start.data, "prefix_sha": "00"})
+    log.events[start.seq - 1] = Event(start.seq, start.type, "", 0, "", forged.payload())
+    log.say("next")
+    assert appended(log.step()) == [
+        ("error", ("prefix_mismatch", "terminal")),
+        ("idle", "retries_exhausted"),
+    ]
+    assert log.do().step() == Park()
+
+
+# Tools.
+
+
+def test_pure_tools_run_together_and_others_one_by_one() -> None:
+    assert running(Log().say().tools(*READ).step()) == ["r1", "r2", "r3"]
+    log = Log().say().tools(READ[0], tool_use("a"), READ[1])
+    assert running(log.step()) == ["r1"]
+    assert running(log.result("r1").step()) == ["a"]
+    assert running(log.result("a").step()) == ["r2"]
+
+
+def test_leftover_calls_of_a_dead_worker_are_run_again_by_their_id() -> None:
+    log = Log().say().tools(tool_use("a")).started("a").wake()
+    assert running(log.step()) == ["a"]
+
+
+@pytest.mark.parametrize("use", [tool_use("a", "web_search"), tool_use("a", "grep")])
+def test_unknown_and_denied_tools_get_an_error(use: dict[str, Any]) -> None:
+    log = Log(permissions={"grep": "Deny"}).say().tools(use)
+    assert appended(log.step()) == [("result", "a")]
+    assert isinstance(log.do().step(), SendRequest)
+
+
+def test_a_tool_without_a_sandbox_gets_an_error() -> None:
+    assert appended(Log(hands=False).say().tools(tool_use("a")).step()) == [("result", "a")]
+
+
+def test_a_tool_that_asks_waits_for_a_person() -> None:
+    log = Log(permissions={"bash": "Ask"}).say().tools(tool_use("a"))
+    assert appended(log.step()) == [("pending", "a")]
+    assert appended(log.do().step()) == [("idle", "requires_action")]
+    assert log.do().step() == Park()
+    assert log.fold().idle == {"type": "requires_action", "event_ids": ["a"]}
+    assert log.fold().status["pending"] == [{"tool_use_id": "a", "name": "bash"}]
+    assert running(log.confirm("a", "allow").step()) == ["a"]
+
+
+@pytest.mark.parametrize("verdict", ["deny", "", "ALLOW", "maybe"])
+def test_only_an_explicit_allow_releases(verdict: str) -> None:
+    log = Log(permissions={"bash": "Ask"}).say().tools(tool_use("a"))
+    log.confirm("a", verdict, deny_message="not today")
+    assert appended(log.step()) == [("result", "a")]
+    assert "not today" in str(log.step())
+
+
+def test_an_unknown_permission_asks() -> None:
+    log = Log().say()
+    log.events[0] = Event(
+        1, ev.SESSION_CREATED, "", 0, "",
+        NewEvent(ev.SESSION_CREATED, {**created(), "permissions": {"bash": "Perhaps"}}).payload(),
+    )  # fmt: skip
+    assert appended(log.tools(tool_use("a")).step()) == [("pending", "a")]
+
+
+def test_the_first_decision_counts_and_only_for_its_call() -> None:
+    log = Log(permissions={"bash": "Ask"}).say().tools(tool_use("a"), tool_use("b")).do().do()
+    log.confirm("b", "deny").confirm("b", "allow").confirm("elsewhere", "allow")
+    assert appended(log.step()) == [("result", "b")]
+    log.do()
+    assert appended(log.step()) == [("idle", "requires_action")]
+    assert "'a'" in str(log.step())
+    assert log.do().step() == Park()
+
+
+def test_a_decision_may_come_before_the_question_but_not_before_the_call() -> None:
+    log = Log(permissions={"bash": "Ask"}).say().confirm("a", "allow").tools(tool_use("a"))
+    assert appended(log.step()) == [("pending", "a")]
+    log.confirm("a", "allow")
+    assert running(log.step()) == ["a"]
+
+
+def test_a_call_that_asks_holds_back_those_after_it() -> None:
+    log = Log(permissions={"write": "Ask"}).say()
+    log.tools(tool_use("a"), tool_use("w", "write"), tool_use("b"))
+    assert appended(log.step()) == [("pending", "w")]
+    assert running(log.do().step()) == ["a"]
+    assert appended(log.result("a").step()) == [("idle", "requires_action")]
+    assert running(log.do().confirm("w", "allow").step()) == ["w"]
+    assert running(log.result("w").step()) == ["b"]
+
+
+def test_a_message_does_not_answer_a_question() -> None:
+    log = Log(permissions={"bash": "Ask"}).say().tools(tool_use("a")).do().do().say("well?")
+    assert log.step() == Park()
+
+
+# Interrupts, suspension, limits.
+
+
+def test_an_interrupt_answers_every_open_call_and_ends_the_turn() -> None:
+    log = Log().say().tools(tool_use("a"), tool_use("b")).started("a").interrupt()
+    step = log.step()
+    assert appended(step) == [("result", "a"), ("result", "b"), ("idle", "interrupted")]
+    assert INTERRUPTED in str(step)
+    assert log.do().step() == Park()
+    log.say("instead")
+    assert isinstance(log.step(), SendRequest)
+    kinds = [item.type for item in log.fold().prompt(99)[-1].blocks]
+    assert kinds == ["tool_result", "tool_result", "text"]
+
+
+def test_an_interrupt_while_asking_closes_the_question() -> None:
+    log = Log(permissions={"bash": "Ask"}).say().tools(tool_use("a")).do().do().interrupt()
+    assert appended(log.step()) == [("result", "a"), ("idle", "interrupted")]
+    assert log.do().fold().status["pending"] == []
+
+
+def test_an_interrupt_of_an_idle_session_is_nothing() -> None:
+    assert Log().say().answer(text("x")).do().interrupt().step() == Park()
+    assert Log().interrupt().step() == Park()
+
+
+def test_an_interrupt_silences_what_came_before_it_and_not_what_comes_after() -> None:
+    log = Log().say("one").start().say("two").interrupt().end("interrupted").do()
+    assert log.step() == Park()
+    log.say("three")
+    prompt = b"".join(item.raw() for item in log.fold().prompt(99))
+    assert isinstance(log.step(), SendRequest)
+    assert b"two" in prompt
+    redirect = Log().say("one").start().interrupt().say("rather this").end("interrupted").do()
+    assert isinstance(redirect.step(), SendRequest)
+
+
+def test_a_suspended_session_stops_and_goes_on_where_it_was() -> None:
+    log = Log().say().tools(tool_use("a")).started("a").result("a")
+    log.put(NewEvent(ev.SESSION_SUSPENDED, ACTOR))
+    assert appended(log.step()) == [("idle", "suspended")]
+    assert log.do().step() == Park()
+    assert log.say("while away").step() == Park()
+    log.put(NewEvent(ev.SESSION_RESUMED, ACTOR))
+    step = log.step()
+    assert isinstance(step, SendRequest)
+    assert step.n == 2
+
+
+def test_suspending_an_idle_session_adds_nothing() -> None:
+    log = Log().say().answer(text("x")).do().put(NewEvent(ev.SESSION_SUSPENDED, ACTOR))
+    assert log.step() == Park()
+    assert log.fold().idle == {"type": "end_turn"}
+
+
+@pytest.mark.parametrize("budget", [{"max_tokens": 15}, {"max_tool_calls": 1}])
+def test_a_budget_is_checked_before_each_request(budget: dict[str, int]) -> None:
+    log = Log(budget=budget).say().tools(tool_use("a")).started("a").result("a")
+    assert appended(log.step()) == [("idle", "budget_reached")]
+    assert log.do().step() == Park()
+    assert log.say("more").step() == Park()
+    roomy = Log(budget={key: value + 1 for key, value in budget.items()})
+    roomy.say().tools(tool_use("a")).started("a").result("a")
+    assert isinstance(roomy.step(), SendRequest)
+
+
+def test_tokens_of_iterations_count() -> None:
+    usage = {"input_tokens": 1, "iterations": [{"input_tokens": 50}, {"output_tokens": 50}]}
+    log = Log(budget={"max_tokens": 100}).say().answer(text("x"), usage=usage).do().say()
+    assert appended(log.step()) == [("idle", "budget_reached")]
+
+
+def test_a_session_that_kills_its_workers_is_given_up() -> None:
+    log = Log().say().tools(tool_use("a")).started("a").wake(decide.MAX_WAKES)
+    assert running(log.step()) == ["a"]
+    log.wake()
+    assert appended(log.step()) == [
+        ("result", "a"),
+        ("error", ("wakes_exhausted", "exhausted")),
+        ("idle", "retries_exhausted"),
+    ]
+    assert log.do().step() == Park()
+    assert isinstance(log.say().step(), SendRequest)
+
+
+def test_a_first_message_that_kills_its_workers_is_given_up_and_not_taken_up_again() -> None:
+    log = Log().say()
+    for _ in range(decide.MAX_WAKES + 1):
+        log.wake()
+        if log.fold().open_request:
+            log.do()
+        step = log.step()
+        if isinstance(step, SendRequest):
+            log.start()
+    assert appended(log.step())[-1] == ("idle", "retries_exhausted")
+    assert log.do().step() == Park()
+
+
+def test_wakes_with_nothing_to_do_are_no_poison() -> None:
+    assert Log().say().answer(text("x")).do().wake(50).step() == Park()
+
+
+def test_an_eager_hand_comes_first_and_only_once() -> None:
+    log = Log(provisioning="Eager").say()
+    assert log.step() == Provision("main")
+    assert isinstance(next_step(log.fold(), provisioned=True), SendRequest)
+    hand = {"hand": "main", "instance": 1}
+    log.put(NewEvent(ev.HAND_REQUESTED, {**hand, "reason": "eager"}))
+    assert log.step() == Provision("main")
+    log.put(
+        NewEvent(ev.HAND_PROVISIONED, {**hand, "sandbox": "s", "sandbox_uid": "u", "pod_uid": "p"})
+    )
+    assert isinstance(log.step(), SendRequest)
+
+
+# What cannot be read.
+
+
+@pytest.mark.parametrize("payload", [b'{"v":2,"th":"main","c":"","d":{}}', b'{"v":1,"ref":{}}'])
+def test_an_unknown_version_of_a_known_type_is_refused(payload: bytes) -> None:
+    log = Log()
+    log.events.append(Event(2, ev.USER_MESSAGE, "m", 0, "", payload))
+    with pytest.raises(LogIncompatible):
+        log.fold()
+    log.events[1] = Event(2, "type.of.the.future", "m", 0, "", payload)
+    assert log.fold().last_seq == 2
+
+
+def test_another_assembler_is_refused() -> None:
+    with pytest.raises(LogIncompatible, match="assembler 2"):
+        Log(assembler=2).fold()

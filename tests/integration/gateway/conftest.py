@@ -118,7 +118,7 @@ class Rig:
 
 @pytest.fixture
 async def rig(store_url, tmp_path):
-    certificates = tls_rig.make(tmp_path)
+    certificates = tls_rig.make(tmp_path, "cowhand-gateway.cowhand-system.svc")
     trust = ssl.create_default_context(cafile=str(certificates.ca))
     kube, broker, hands = PeopleKube(), TestBroker(), PinnedHands()
     async with connect(StoreConfig(store_url)) as store:

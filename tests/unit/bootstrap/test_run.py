@@ -127,7 +127,7 @@ async def test_foreign_users_stay_and_default_stays_off() -> None:
         "user default off resetpass resetkeys resetchannels -@all"
     ]
     assert "user backup on #aa ~* +@read" in lines
-    assert not [line for line in lines if "nopass" in line]
+    assert [line for line in lines if "nopass" in line] == [objects.PROBE_RULE]
 
 
 @pytest.mark.parametrize("runs", [2, 3])

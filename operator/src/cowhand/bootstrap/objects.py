@@ -24,9 +24,23 @@ SERVICES = ("broker", "gateway", "store")
 """Components that serve TLS; each has a Service `cowhand-<component>`."""
 
 
+PROBE_USER = "probe"
+PROBE_RULE = f"user {PROBE_USER} on nopass resetkeys resetchannels -@all +ping"
+"""The store's readiness check: may do nothing but PING, which fails while data is loaded."""
+
+
 def tls_secret(component: str) -> str:
     """Name of the Secret with a component's certificate."""
     return f"cowhand-tls-{component}"
+
+
+OWN_SECRETS = (
+    labels.CA_SECRET,
+    labels.STORE_ACL_SECRET,
+    *(f"cowhand-store-{user}" for user in CONTROL_USERS),
+    *(tls_secret(component) for component in SERVICES),
+)
+"""Secrets that bootstrap makes in the control plane's namespace."""
 
 
 def _metadata(namespace: str, name: str) -> Manifest:
@@ -91,13 +105,12 @@ def acl_text(
     hashed = {
         user: hashlib.sha256(password.encode()).hexdigest() for user, password in passwords.items()
     }
-    return users_acl(hashed, tenants, prefix) + "".join(
-        f"{line}\n" for line in existing.splitlines() if _is_foreign(line)
-    )
+    foreign = [line for line in existing.splitlines() if _is_foreign(line)]
+    return users_acl(hashed, tenants, prefix) + "\n".join([PROBE_RULE, *foreign]) + "\n"
 
 
 def _is_foreign(line: str) -> bool:
     words = line.split()
     if len(words) < 2 or words[0] != "user":
         return False
-    return words[1] not in ("default", *CONTROL_USERS) and not words[1].startswith("t-")
+    return words[1] not in ("default", PROBE_USER, *CONTROL_USERS) and not words[1].startswith("t-")

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from cowhand.api import labels
-from cowhand.bootstrap.objects import MANAGED_BY, MANAGED_BY_VALUE
+from cowhand.bootstrap.objects import OWN_SECRETS
 from cowhand.kube import kinds
 from cowhand.kube.client import Kube
 from cowhand.kube.errors import NotFound, NotServed
@@ -24,6 +24,7 @@ from cowhand.settings import BootstrapSettings
 log = logging.getLogger(__name__)
 
 OPERATOR: Final = "cowhand-operator"
+BROKER_KEYS: Final = "cowhand-broker-keys"
 STORE_CLAIM: Final = "data-cowhand-store-0"
 SUSPEND_PATIENCE_S: Final = 30
 """How long the operator may take to write the suspension into the logs; after that they go unsuspended."""
@@ -158,11 +159,10 @@ async def _purge(kube: Kube, settings: BootstrapSettings) -> None:
                 await kube.delete(kind, tenant, item["metadata"]["name"])
         await kube.delete(kinds.SECRET, tenant, labels.STORE_SECRET)
         await kube.delete(kinds.CONFIG_MAP, tenant, labels.CA_CONFIG_MAP)
-    selector = f"{MANAGED_BY}={MANAGED_BY_VALUE}"
-    for kind in (kinds.SECRET, kinds.CONFIG_MAP):
-        for item in await _items(kube, kind, settings.namespace, selector):
-            await kube.delete(kind, settings.namespace, item["metadata"]["name"])
-    await kube.delete(kinds.SECRET, settings.namespace, "cowhand-broker-keys")
+    # By name, not by list: whoever may list Secrets may read them all.
+    for secret in (*OWN_SECRETS, BROKER_KEYS):
+        await kube.delete(kinds.SECRET, settings.namespace, secret)
+    await kube.delete(kinds.CONFIG_MAP, settings.namespace, labels.CA_CONFIG_MAP)
     await kube.delete(kinds.PERSISTENT_VOLUME_CLAIM, settings.namespace, STORE_CLAIM)
 
 

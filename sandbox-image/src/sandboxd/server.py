@@ -89,7 +89,9 @@ class Server:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
+        # Cancelled only by `close`; asyncio's own callback would report it as a failure.
+        ends = (OSError, asyncio.IncompleteReadError, TimeoutError, asyncio.CancelledError)
+        with contextlib.suppress(*ends):
             try:
                 if len(self._tasks) > _CONNECTIONS:
                     error = HttpError(503, "unavailable", "too many connections", close=True)

@@ -83,7 +83,7 @@ class Operator:
         if kind == kinds.AGENT_SESSION:
             self._seen_session(key, body, deleted)
         elif kind == kinds.SANDBOX:
-            self._remember(kind, key, Known(body["metadata"]["uid"]), deleted)
+            self._remember(kind, key, _sandbox_known(body), deleted)
             self.sandboxes.add(key)
             self._owner(body, "AgentSession", key[0], self.sessions)
         elif kind == kinds.POD:
@@ -213,7 +213,7 @@ class Operator:
                 self._known[kind][key] = _session_known(item)
                 self.sessions.add(key, random.uniform(0, spread_s))  # noqa: S311 - spreads load
             elif kind == kinds.SANDBOX:
-                self._known[kind][key] = Known(item["metadata"]["uid"])
+                self._known[kind][key] = _sandbox_known(item)
                 self.sandboxes.add(key, random.uniform(0, spread_s))  # noqa: S311 - spreads load
         if found:
             gone = {
@@ -233,9 +233,8 @@ class Operator:
                 self.sessions.add(key)
             elif kind == kinds.SANDBOX:
                 self.sandboxes.add(key)
-                for name, owner in self._by_session.items():
-                    if names.sandbox_name(name, "", 0)[:12] == key[1][:12] and owner[0] == key[0]:
-                        self.sessions.add(owner)
+                if known.session_id in self._by_session:
+                    self.sessions.add(self._by_session[known.session_id])
             elif known.harness:
                 self.workers.add((key[0], known.uid))
             self._known[kind].pop(key, None)
@@ -288,6 +287,11 @@ def _session_known(body: Manifest) -> Known:
     session_id = (body.get("status") or {}).get("sessionID") or names.session_id(meta["uid"])
     keep = (body.get("spec") or {}).get("deletionPolicy") != "Delete"
     return Known(meta["uid"], session_id, keep)
+
+
+def _sandbox_known(body: Manifest) -> Known:
+    found = body["metadata"].get("labels") or {}
+    return Known(body["metadata"]["uid"], found.get(labels.SESSION_ID, ""))
 
 
 def _is_other(item: Manifest | None, known: Known) -> bool:

@@ -111,18 +111,25 @@ async def run(settings: OperatorSettings, *, ready_file: Path = READY_FILE) -> N
     )
     try:
         # Both replicas are ready: a waiting one is what a rolling update and a drain need.
-        with contextlib.suppress(FileNotFoundError):
-            ready_file.write_text("")
+        _show_ready(ready_file, True)
         await elector.acquire()
         logs = Logs(store.control_log(), lambda namespace: store.session_log(namespace))
         operator, scaler = build(settings, LeaderKube(kube, elector.leading), logs)
         await _until_first(elector.hold(), operator.run(), scaler.run(), _watch(settings, operator))
     finally:
-        with contextlib.suppress(OSError):
-            ready_file.unlink()
+        _show_ready(ready_file, False)
         await elector.release()
         await store.aclose()
         await kube.close()
+
+
+def _show_ready(file: Path, ready: bool) -> None:
+    """Make or remove the file that the readiness probe looks for; outside a pod there is no folder for it."""
+    with contextlib.suppress(FileNotFoundError):
+        if ready:
+            file.touch()
+        else:
+            file.unlink()
 
 
 async def _watch(settings: OperatorSettings, operator: Operator) -> None:

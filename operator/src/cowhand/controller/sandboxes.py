@@ -70,7 +70,7 @@ class SandboxController:
         self._config = config
         self._clock = clock
         self._gone: OrderedDict[str, Manifest] = OrderedDict()
-        self._refused: dict[str, str] = {}
+        self._refused: dict[str, tuple[str, datetime]] = {}
         self.waiting: set[Key] = set()
         """Objects that wait for an Environment."""
 
@@ -94,7 +94,8 @@ class SandboxController:
         plan = reconcile_sandbox(snap, self._clock())
         refused = await self._create_pod(sandbox, environment) if plan.create_pod else None
         if refused is not None:
-            plan = reconcile_sandbox(replace(snap, refused=refused), self._clock())
+            now = self._clock()
+            plan = reconcile_sandbox(replace(snap, refused=refused, refused_at=now), now)
         marked = await self._mark(sandbox, plan.mark, record) if store_ok else plan.mark is None
         await self._delete(key, sandbox, plan, told=marked)
         if plan.status is not None:
@@ -124,12 +125,14 @@ class SandboxController:
         self, key: Key, sandbox: Sandbox, invalid: str | None, record: HandRecord | None
     ) -> tuple[SandboxSnapshot, EnvironmentSpec]:
         environment, missing = self._config.environment, None
+        refused = self._refused.get(sandbox.metadata.uid)
         snap = SandboxSnapshot(
             sandbox=sandbox,
             served=key[0] in self._tenants,
             pod=None,
             invalid=invalid,
-            refused=self._refused.get(sandbox.metadata.uid),
+            refused=refused[0] if refused else None,
+            refused_at=refused[1] if refused else None,
             record=record.state if record else None,
             last_pod=self._gone.get(sandbox.metadata.uid),
         )
@@ -228,7 +231,7 @@ class SandboxController:
         except AlreadyExists:
             pass  # its event brings us back, and the next look says whose it is
         except (Forbidden, Invalid) as err:
-            self._refused[uid] = str(err)
+            self._refused[uid] = (str(err), self._clock())
             log.warning("the pod of %s was refused: %s", sandbox.metadata.name, err)
             return str(err)
         self._refused.pop(uid, None)

@@ -64,6 +64,7 @@ class SandboxSnapshot:
         missing_config_map: what is missing of a ConfigMap, in words, or None.
         invalid: why no pod can be made of the spec, or None.
         refused: what the API server said when the pod was created last, or None.
+        refused_at: when that was.
         record: state of its hand record; None: there is none, or the store does not answer.
         last_pod: the newest pod that we saw of it before it went away, or None.
     """
@@ -76,6 +77,7 @@ class SandboxSnapshot:
     missing_config_map: str | None = None
     invalid: str | None = None
     refused: str | None = None
+    refused_at: datetime | None = None
     record: Literal["Pending", "Ready", "Failed", "Lost"] | None = None
     last_pod: Mapping[str, Any] | None = None
 
@@ -202,8 +204,11 @@ def _without_pod(snap: SandboxSnapshot, now: datetime) -> _Verdict:
         return _waits(snap, Cause(SandboxReady.CONFIG_MAP_NOT_FOUND, snap.missing_config_map), now)
     if snap.refused is not None:
         cause = Cause(SandboxReady.POD_REFUSED, snap.refused)
-        waits = _waits(snap, cause, now)
-        return _Verdict(cause, create=True, mark=waits.mark, requeue_after=REFUSED_RETRY_S)
+        mark = _waits(snap, cause, now).mark
+        left = REFUSED_RETRY_S - (now - (snap.refused_at or now)).total_seconds()
+        if left > 0:
+            return _Verdict(cause, mark=mark, requeue_after=left)
+        return _Verdict(cause, create=True, mark=mark, requeue_after=REFUSED_RETRY_S)
     assert meta.uid, "a Sandbox that the API server gave us has a uid"
     cause = Cause(SandboxReady.PENDING, "The pod is being made.")
     return _Verdict(cause, create=True, mark="Pending")

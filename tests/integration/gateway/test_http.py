@@ -12,7 +12,9 @@ import pytest
 from aiohttp import web
 
 from cowhand.gateway import pump
+from cowhand.gateway.auth import Authority, Caller
 from cowhand.gateway.run import tls_context
+from cowhand.hands import transport
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
 from cowhand.session.log import HandRecord
@@ -287,6 +289,38 @@ async def test_nothing_is_sent_to_another_certificate(rig, sandbox):
     assert (status, headers["x-should-retry"]) == (409, "false")
     assert "another certificate" in body["error"]["message"]
     assert sandbox.calls == []
+
+
+async def test_control_without_the_pin_the_token_would_arrive(rig, sandbox, monkeypatch):
+    """Shows that the test above sees the pin: without it, the same request reaches the stranger."""
+    monkeypatch.setattr(transport.PinnedTransport, "_pin", lambda self, cert_sha256: False)
+    await register(rig, sandbox, cert_sha256="00" * 32)
+    assert (await rig.call("POST", EXEC, json={"command": "true"}))[0] == 200
+    assert len(sandbox.calls) == 1
+
+
+async def test_control_without_the_signature_check_the_record_would_be_dialled(
+    rig, sandbox, monkeypatch
+):
+    monkeypatch.setattr("cowhand.gateway.exec.verify_record", lambda *_, **__: None)
+    await register(rig, sandbox, signature="")
+    assert (await rig.call("POST", EXEC, json={"command": "true"}))[0] == 200
+
+
+async def test_control_without_the_reviews_strangers_would_be_served(rig, monkeypatch):
+    """TokenReview and SubjectAccessReview are what `test_strangers_are_refused_everywhere` sees."""
+    await rig.create()
+
+    async def anybody(self, *_):
+        return Caller("anybody")
+
+    async def allowed(self, *_):
+        return None
+
+    monkeypatch.setattr(Authority, "authorize", allowed)
+    assert (await rig.call("GET", f"/v1/sessions/{SID}", token="joe-token"))[0] == 200
+    monkeypatch.setattr(Authority, "authenticate", anybody)
+    assert (await rig.call("GET", f"/v1/sessions/{SID}", token=None))[0] == 200
 
 
 async def test_a_record_without_the_brokers_signature_is_not_dialled(rig, sandbox):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from cowhand.cli.render import Style, relative, render, safe
+from cowhand.cli.render import Style, calls_of, relative, render, safe
 from cowhand.session import events as ev
 from support.gateway_rig import T0, at, created, response, tool_use, turn, user_message
 
@@ -20,9 +20,11 @@ def raw(seq, kind, data, lease=""):
 
 
 def drawn(rows, style=PLAIN):
-    lines = []
+    lines, calls = [], {}
     for seq, (kind, data) in enumerate(rows, start=1):
-        lines += render(raw(seq, kind, data), T0 + 1000, style)
+        event = raw(seq, kind, data)
+        calls |= calls_of(event)
+        lines += render(event, T0 + 1000, style, calls)
     return lines
 
 
@@ -31,12 +33,12 @@ def test_a_turn():
     rows[2] = (ev.SESSION_WAKE, {})
     assert drawn(rows) == [
         "   0.00s  ◆ session   default/fix · coder · claude-opus-5-5",
-        "   1.00s  ▶ user      Fix the tests (jane)",
+        "   1.00s  ▶ user      jane: Fix the tests",
         "   2.00s  · wake      harness  holds the session, epoch",
         "   5.00s  ✻ thinking  hm",
         "          ● claude    Let me look.",
         "          ⚒ bash      pytest",
-        "   8.00s  ✗ result    exit 1",
+        "   8.00s  ✗ result    bash · exit 1",
         "                      │ 1 failed",
         "   10.0s  ● claude    Done.",
         "   12.0s  ■ idle      turn complete",

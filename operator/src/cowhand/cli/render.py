@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 Data = Mapping[str, Any]
@@ -61,16 +62,34 @@ def safe(text: str) -> str:
     return _UNSAFE.sub(lambda match: f"\\x{ord(match[0]):02x}", plain)
 
 
-def render(event: Data, base_ms: int, style: Style) -> list[str]:
+def calls_of(event: Data) -> dict[str, str]:
+    """Tool use id -> name of the tool, of a model response; empty for other events."""
+    if event.get("type") != "model.response":
+        return {}
+    message = ((event.get("payload") or {}).get("d") or {}).get("message") or {}
+    return {
+        str(block.get("id")): str(block.get("name"))
+        for block in message.get("content") or ()
+        if block.get("type") == "tool_use"
+    }
+
+
+def render(
+    event: Data, base_ms: int, style: Style, calls: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     """Lines of one event of the raw log (`{"seq","type","ts","lease","payload"}`), empty for hidden ones.
 
     Args:
         event: decoded line of `GET /v1/sessions/{id}/log`.
         base_ms: time of the session's start, milliseconds.
         style: how to draw.
+        calls: names of earlier tool uses (`calls_of`), so that a result says what it is the result of.
     """
     payload = event.get("payload") or {}
-    entries = _entries(event, payload.get("d") or {}, style)
+    data = payload.get("d") or {}
+    if event.get("type") == "tool.result":
+        data = {**data, "name": calls.get(str(data.get("tool_use_id")), "")}
+    entries = _entries(event, data, style)
     shown = [entry for entry in entries if style.verbose or not entry.quiet]
     elapsed = relative(int(event["ts"]) - base_ms)
     lines: list[str] = []
@@ -153,8 +172,8 @@ def _message(_: Data, data: Data, style: Style) -> list[Entry]:
         kind = block.get("type")
         parts.append(str(block.get("text", "")) if kind == "text" else f"[{kind}]")
     lines = fold("\n".join(parts), style, keep=12)
-    who = f" ({_actor(data)})" if _actor(data) else ""
-    return [Entry("▶", "user", "\n".join(lines) + who, f"{BOLD};{BLUE}")]
+    who = f"{_actor(data)}: " if _actor(data) else ""
+    return [Entry("▶", "user", who + "\n".join(lines), f"{BOLD};{BLUE}")]
 
 
 def _wake(event: Data, _: Data, __: Style) -> list[Entry]:
@@ -175,7 +194,8 @@ def _request_end(_: Data, data: Data, __: Style) -> list[Entry]:
     if outcome == "ok":
         return [Entry("←", "model", "response complete", DIM, quiet=True)]
     error = data.get("error") or {}
-    text = f"{outcome} {error.get('type', '')}: {error.get('message', '')}".rstrip(": ")
+    kind = "" if error.get("type") == outcome else f"{error.get('type', '')}: "
+    text = f"{outcome}: {kind}{error.get('message', '')}".rstrip(": ")
     return [Entry("✗", "model", safe(text).replace("\n", " "), YELLOW)]
 
 
@@ -233,7 +253,7 @@ def _started(_: Data, data: Data, __: Style) -> list[Entry]:
 def _result(_: Data, data: Data, style: Style) -> list[Entry]:
     content = data.get("content")
     failed = bool(data.get("is_error"))
-    facts = []
+    facts = [safe(data["name"])] if data.get("name") else []
     if data.get("exit_code") is not None:
         facts.append(f"exit {data['exit_code']}")
     if data.get("duration_ms") is not None:
@@ -241,7 +261,9 @@ def _result(_: Data, data: Data, style: Style) -> list[Entry]:
     if data.get("synthesized"):
         facts.append("written by the harness")
     body = fold(content if isinstance(content, str) else _compact({"content": content}), style)
-    head = " · ".join(facts) or ("error" if failed else "ok")
+    if len(facts) <= 1:
+        facts.append("error" if failed else "ok")
+    head = " · ".join(facts)
     return [Entry("✗" if failed else "✓", "result", head, RED if failed else GREEN, body)]
 
 

@@ -203,13 +203,15 @@ def show(to: Target, session_id: str, options: Options) -> int:
     if options.form == "json":
         return _show_public(source, options)
     turn = Turn()
+    calls: dict[str, str] = {}
     follow = options.follow or options.until_idle
     for session, event in source.raw(options.start, follow=follow):
         turn.feed(event)
         if options.form == "raw":
             print(dump(event), flush=True)
         else:
-            for line in render.render(event, start_ms(session), options.style):
+            calls.update(render.calls_of(event))
+            for line in render.render(event, start_ms(session), options.style, calls):
                 print(line, flush=True)
         if options.until_idle and turn.at_rest(int(session["cowhand"]["last_seq"])):
             return turn.exit_code()

@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-import aiohttp
-
 from cowhand.errors import HandUnavailable, SessionClosed, SessionNotFound, UserError
 from cowhand.gateway.auth import Caller
 from cowhand.gateway.broker import Broker
 from cowhand.gateway.errors import Conflict, NotFound, TooLarge
 from cowhand.gateway.messages import uuid7
+from cowhand.hands.transport import Endpoint, PinnedTransport, Transport, Untrusted
 from cowhand.kube import kinds
 from cowhand.kube.client import Kube
 from cowhand.session.events import INLINE_LIMIT, SESSION_EXEC, NewEvent
@@ -30,8 +29,6 @@ DEFAULT_TIMEOUT_MS: Final = 120_000
 MAX_TIMEOUT_MS: Final = 600_000
 SLACK_S: Final = 15.0
 """Time beyond the command's own limit that its sandbox has to answer."""
-MAX_ANSWER: Final = 8 * 1024 * 1024
-"""Bytes of an answer: sandboxd's 1 MiB of output, escaped as JSON."""
 
 logger = logging.getLogger(__name__)
 
@@ -78,63 +75,44 @@ class Hands(Protocol):
 
 
 class PinnedHands:
-    """`Hands` over HTTPS to the sandbox's proxy; its certificate is compared before a byte is sent."""
+    """`Hands` over the transport of `cowhand.hands`: the certificate is compared before a byte is sent."""
 
-    def __init__(self) -> None:
-        self._session: aiohttp.ClientSession | None = None
+    def __init__(self, transport: Transport | None = None) -> None:
+        self._transport = transport or PinnedTransport(limit=100)
 
     async def execute(self, record: HandRecord, token: str, command: Command) -> dict[str, Any]:
         """See `Hands.execute`."""
-        if self._session is None:
-            self._session = aiohttp.ClientSession()
         body = {
             "call_id": f"exec/{uuid7()}",
             "name": "bash",
             "input": {"command": command.command, "timeout_ms": command.timeout_ms},
             "timeout_ms": command.timeout_ms,
         }
-        limit = aiohttp.ClientTimeout(total=command.timeout_ms / 1000 + SLACK_S, sock_connect=5)
         try:
-            async with self._session.post(
-                f"https://{record.address}/v1/execute",
-                json=body,
-                headers={"authorization": f"Bearer {token}"},
-                ssl=aiohttp.Fingerprint(bytes.fromhex(record.cert_sha256)),
-                timeout=limit,
-                allow_redirects=False,
-            ) as response:
-                raw = await _bounded(response)
-        except aiohttp.ServerFingerprintMismatch as err:
+            status, answer = await self._transport.request(
+                Endpoint(record.address, record.cert_sha256),
+                "POST",
+                "/v1/execute",
+                token=token,
+                body=body,
+                timeout=command.timeout_ms / 1000 + SLACK_S,
+            )
+        except Untrusted as err:
             raise Conflict(
                 f"sandbox {record.sandbox}: what answers at {record.address} shows another "
                 "certificate than the sandbox registered; nothing was sent to it"
             ) from err
-        except (aiohttp.ClientError, TimeoutError, OSError) as err:
-            text = str(err) or type(err).__name__
-            raise HandUnavailable(f"sandbox {record.sandbox} does not answer: {text}") from err
-        return _result(record, response.status, raw)
+        except HandUnavailable as err:
+            raise HandUnavailable(f"sandbox {record.sandbox} does not answer: {err}") from err
+        return _result(record, status, answer)
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
+        await self._transport.close()
 
 
-async def _bounded(response: aiohttp.ClientResponse) -> bytes:
-    raw = bytearray()
-    async for part in response.content.iter_chunked(64 * 1024):
-        raw += part
-        if len(raw) > MAX_ANSWER:
-            raise HandUnavailable(f"the sandbox answers with more than {MAX_ANSWER} bytes")
-    return bytes(raw)
-
-
-def _result(record: HandRecord, status: int, raw: bytes) -> dict[str, Any]:
+def _result(record: HandRecord, status: int, document: Any) -> dict[str, Any]:
     """The result in an answer of the sandbox's proxy, which is untrusted data."""
-    try:
-        document = json.loads(raw)
-    except ValueError:
-        document = None
     if not isinstance(document, dict):
         raise HandUnavailable(f"sandbox {record.sandbox} answers HTTP {status} without JSON")
     if status != 200:

@@ -12,49 +12,27 @@ PURGE = {**TWO, "purge": True}
 # role @ where -> "group/resource[names]" -> verb -> why. `where`: system, tenant or cluster.
 WHY: dict[str, dict[str, dict[str, str]]] = {
     "cowhand-operator @ system": {
-        "coordination.k8s.io/leases": {
-            "create": "leader election: makes its Lease",
+        "coordination.k8s.io/leases": {"create": "leader election: makes its Lease"},
+        "coordination.k8s.io/leases[cowhand-operator]": {
             "get": "leader election: reads it",
-            "patch": "leader election: renews it",
-            "update": "leader election: takes it over",
+            "patch": "leader election: renews it, takes it over",
         },
     },
     "cowhand-operator @ tenant": {
-        "/configmaps": {
-            "get": "spec.resources: says which ConfigMap or key is missing",
-            "list": "spec.resources: notices when it appears",
-        },
-        "/events": {
-            "create": "tells people what it did",
-            "patch": "counts a repeated event instead of making another",
-        },
+        "/configmaps": {"get": "spec.resources: says which ConfigMap or key is missing"},
         "/pods": {
             "create": "sandbox pods",
             "delete": "sandbox pods: suspended, expired, lost",
             "get": "sandbox pods: conditions",
             "list": "sandbox and harness pods: resync, missed deletions",
-            "patch": "harness pods: pod-deletion-cost; sandbox pods: server-side apply",
             "watch": "sandbox and harness pods: a dead harness is known at once",
         },
-        "/pods/status": {"get": "why a sandbox cannot start"},
-        "apps/deployments": {
-            "get": "harness: how many pods there are",
-            "list": "harness: resync",
-            "watch": "harness: notices a rollout",
-        },
-        "apps/deployments/scale[cowhand-harness]": {
-            "get": "harness: scaling",
-            "patch": "harness: scaling",
-            "update": "harness: scaling",
-        },
+        "apps/deployments[cowhand-harness]": {"get": "harness: how many pods there are"},
+        "apps/deployments/scale[cowhand-harness]": {"patch": "harness: scaling"},
         "autoscaling/horizontalpodautoscalers": {
-            "get": "harness: leave replicas alone if one owns them",
             "list": "harness: leave replicas alone if one owns them",
         },
-        "keda.sh/scaledobjects": {
-            "get": "harness: leave replicas alone if one owns them",
-            "list": "harness: leave replicas alone if one owns them",
-        },
+        "keda.sh/scaledobjects": {"list": "harness: leave replicas alone if one owns them"},
         "cowhand.dev/agents": {
             "get": "resolves agentRef",
             "list": "resolves agentRef",
@@ -72,8 +50,8 @@ WHY: dict[str, dict[str, dict[str, str]]] = {
             "patch": "its finalizer",
             "watch": "reconciles",
         },
-        "cowhand.dev/agentsessions/status": {"get": "status", "patch": "status"},
-        "cowhand.dev/sandboxes/status": {"get": "status", "patch": "status"},
+        "cowhand.dev/agentsessions/status": {"patch": "what was observed"},
+        "cowhand.dev/sandboxes/status": {"patch": "what was observed"},
         "cowhand.dev/sandboxes": {
             "create": "a session's hand",
             "delete": "a session's hand: lost, or its session is gone; ttlSecondsAfterCreation",
@@ -88,12 +66,12 @@ WHY: dict[str, dict[str, dict[str, str]]] = {
         "/secrets[cowhand-broker-keys]": {
             "get": "its signing keys",
             "patch": "rotates them",
-            "update": "rotates them",
         },
     },
     "cowhand-broker @ tenant": {
         "/pods": {"get": "whose pod a token belongs to: labels, address, owner"},
         "/secrets[cowhand-model]": {"get": "the model key"},
+        "cowhand.dev/sandboxes": {"get": "register: who may execute in it"},
     },
     "cowhand-broker @ cluster": {
         "authentication.k8s.io/tokenreviews": {"create": "who is calling"},

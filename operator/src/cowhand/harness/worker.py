@@ -185,6 +185,8 @@ class Worker:
     async def _release_orphans(self, *, all_of_them: bool = False) -> None:
         """Leases of sessions that were dropped: if they are still ours, nobody else would work on them."""
         for session_id, (lease, not_before) in list(self._orphans.items()):
+            if session_id in self._sessions and not all_of_them:
+                continue  # still at work: its lease is no orphan yet
             if self._clock() < not_before and not all_of_them:
                 continue
             try:
@@ -242,17 +244,21 @@ class Worker:
         if isinstance(lease, Held):
             log.debug("session %s not claimed: %s", session_id, lease.why)
             return
-        # Whatever ends the work: a lease that is still ours must not lie about with nobody at it.
-        self._orphans[session_id] = lease, 0.0
         self._around.probe("claimed")
-        if await self._work(lease):
-            self._orphans.pop(session_id, None)
-            self._failures.pop(session_id, None)
-            return
-        # Not at once: the same failure would come again as fast as the store allows.
-        failures = self._failures.get(session_id, 0) + 1
-        self._failures[session_id] = failures
-        self._orphans[session_id] = lease, self._clock() + min(60.0, 2.0**failures)
+        not_before = 0.0
+        try:
+            if await self._work(lease):
+                self._failures.pop(session_id, None)
+                return
+            # Not at once: the same failure would come again as fast as the store allows.
+            failures = self._failures.get(session_id, 0) + 1
+            self._failures[session_id] = failures
+            not_before = self._clock() + min(60.0, 2.0**failures)
+        except asyncio.CancelledError:
+            self._orphans[session_id] = lease, not_before
+            raise
+        # A lease that is still ours must not lie about with nobody at it.
+        self._orphans[session_id] = lease, not_before
 
     async def _work(self, lease: Lease) -> bool:
         """True if the lease was given back, or is not ours any more."""

@@ -6,6 +6,7 @@ object. Handlers never fail, because kopf does not retry them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -49,6 +50,12 @@ def registry(seen: Seen) -> kopf.OperatorRegistry:
     return found
 
 
+def quiet() -> None:
+    """Keep kopf from writing a line, with all of its settings, for each event of each object."""
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)
+    logging.getLogger("kopf.activities").setLevel(logging.WARNING)
+
+
 def settings() -> kopf.OperatorSettings:
     """Kopf's settings; each differs from the default for a reason."""
     chosen = kopf.OperatorSettings()
@@ -62,6 +69,7 @@ def settings() -> kopf.OperatorSettings:
     chosen.networking.connect_timeout = 10.0
     chosen.networking.request_timeout = 30.0
     chosen.networking.error_backoffs = (0.5, 1, 2, 4, 8)
+    chosen.queueing.exit_timeout = 0.5  # handlers only fill a queue: nothing is worth waiting for
     chosen.posting.enabled = False
     chosen.persistence.finalizer = f"{labels.GROUP}/kopf"
     chosen.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=labels.GROUP)

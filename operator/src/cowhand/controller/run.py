@@ -134,6 +134,7 @@ def _show_ready(file: Path, ready: bool) -> None:
 
 async def _watch(settings: OperatorSettings, operator: Operator) -> None:
     """kopf, until it is told to stop. It takes over SIGTERM and SIGINT, and returns on them."""
+    handlers.quiet()
     await asyncio.sleep(0)  # kopf cancels tasks that are younger than itself when it ends
     await kopf.operator(
         registry=handlers.registry(operator.seen),

@@ -67,8 +67,9 @@ class Scaler:
         except StoreUnavailable:
             return  # without the log there is nothing to scale by
         current = int((deployment.get("spec") or {}).get("replicas") or 0)
+        available = int((deployment.get("status") or {}).get("availableReplicas") or 0)
         scale = scale_harness(
-            Demand(backlog.ready, backlog.leased, backlog.oldest_ready_ms),
+            Demand(backlog.ready, backlog.leased, backlog.oldest_ready_ms, available),
             current,
             self._settings,
             self._clock(),

@@ -13,16 +13,24 @@ CALM = timedelta(minutes=5)
 """How long fewer pods must have been enough before one goes."""
 
 WAITED_TOO_LONG_MS = 2000
-"""A session that waits longer for a harness asks for one more pod."""
+"""A session that waits longer, although every pod works, asks for one pod more than the work does."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Work of a tenant: sessions that wait, sessions in work, age of the oldest that waits (ms)."""
+    """Work of a tenant.
+
+    Attributes:
+        ready: sessions that wait for a harness.
+        leased: sessions in work.
+        oldest_ready_ms: age of the oldest that waits.
+        available: harness pods that are ready to work.
+    """
 
     ready: int
     leased: int
     oldest_ready_ms: int
+    available: int
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,13 @@ def scale_harness(
     """
     work = demand.ready + demand.leased
     wanted = -(-work // max(1, settings.sessions_per_harness))
-    if demand.ready and demand.oldest_ready_ms >= WAITED_TOO_LONG_MS:
-        wanted = max(wanted, current + 1)
+    # One more in all, not one more each time: a session that no pod can help must not fill the cluster.
+    if (
+        demand.ready
+        and demand.oldest_ready_ms >= WAITED_TOO_LONG_MS
+        and demand.available >= current
+    ):
+        wanted += 1
     wanted = min(max(wanted, settings.minimum), max(settings.maximum, settings.minimum))
     if wanted >= current:
         return Scale(wanted)

@@ -32,6 +32,11 @@ RETRY_SECONDS: Final = 5.0
 REPLY_SECONDS: Final = 5.0
 """How long one batch may take before its connection counts as dead."""
 
+FIRST_PAUSE = 0.02
+"""Seconds before the first new try; doubled each time, up to LONGEST_PAUSE."""
+
+LONGEST_PAUSE: Final = 0.5
+
 BATCH_COMMANDS: Final = 128
 BATCH_BYTES: Final = 1024 * 1024
 
@@ -203,7 +208,7 @@ class Pipe:
         return await self.call_on("EVALSHA", self._scripts[name].sha, len(keys), *keys, *args)
 
     async def _flush(self) -> None:
-        pause = 0.02
+        pause = FIRST_PAUSE
         while self._queue:
             batch = self._take()
             try:
@@ -211,15 +216,17 @@ class Pipe:
             except (OSError, TimeoutError, redis_errors.RedisError, CowhandError) as err:
                 if self._again(batch, err):
                     await asyncio.sleep(pause)
-                    pause = min(pause * 2, 0.5)
+                    pause = min(pause * 2, LONGEST_PAUSE)
                 continue
             except BaseException as err:
                 self._fail([*batch, *self._queue], err)
                 self._queue.clear()
                 raise
-            pause = 0.02 if await self._settle(batch, replies) else min(pause * 2, 0.5)
-            if pause > 0.02:
+            if await self._settle(batch, replies):
+                pause = FIRST_PAUSE
+            else:
                 await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
 
     def _take(self) -> list[_Item]:
         batch: list[_Item] = []

@@ -213,7 +213,7 @@ class SessionLog(Protocol):
 
         Gap-free: a lost nudge costs at most 5 seconds. `start=state.next_seq` gives only new events. Ends too
         when the log is deleted under it. Raises SessionNotFound at the first step; after StoreUnavailable follow
-        again from the last position + 1. Close the iterator (`contextlib.aclosing`) if you leave it early.
+        again from the last position + 1. To leave it early cancel the task that iterates, or `aclose` it.
         """
 
 

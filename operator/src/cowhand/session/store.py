@@ -26,7 +26,7 @@ from cowhand.session.control import RedisControlLog
 from cowhand.session.hub import Hub
 from cowhand.session.keys import Keys, SessionKeys
 from cowhand.session.link import Link, Pipe, connection_factory, translate
-from cowhand.session.log import StoreConfig
+from cowhand.session.log import ControlLog, SessionLog, StoreConfig, WorkerLog
 from cowhand.session.sessions import RedisSessionLog
 from cowhand.session.worker import RedisWorkerLog
 
@@ -78,15 +78,15 @@ class Store:
         """
         await self.reads.call("PING")
 
-    def session_log(self, namespace: str | None = None) -> RedisSessionLog:
+    def session_log(self, namespace: str | None = None) -> SessionLog:
         """`SessionLog` of a tenant (default: the one given to `connect`)."""
         return RedisSessionLog(self, self.keys(namespace))
 
-    def worker_log(self, pod_uid: str, namespace: str | None = None) -> RedisWorkerLog:
+    def worker_log(self, pod_uid: str, namespace: str | None = None) -> WorkerLog:
         """`WorkerLog` of a new worker incarnation in the pod with this uid."""
         return RedisWorkerLog(self, self.keys(namespace), f"{pod_uid}.{secrets.token_hex(4)}")
 
-    def control_log(self) -> RedisControlLog:
+    def control_log(self) -> ControlLog:
         """`ControlLog`, for all tenants."""
         return RedisControlLog(self)
 

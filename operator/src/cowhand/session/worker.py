@@ -42,7 +42,7 @@ PROGRESS_MS: Final = 20 * 60 * 1000
 """A session that its holder has neither appended to nor touched for so long is stuck."""
 
 BLOCK_MS: Final = 2_000
-ORPHAN_MS: Final = 5_000
+ORPHAN_MS = 5_000
 """A ready entry that its reader has not claimed for so long is read by another."""
 
 ORPHAN_SECONDS: Final = 5.0
@@ -172,10 +172,11 @@ class RedisWorkerLog:
             if isinstance(reply, Exception) and "BUSYGROUP" not in str(reply):
                 raise reply
 
-    async def _read(self, link: Link, ready: Sequence[str]) -> list[str]:
+    async def _read(self, link: Link, ready: Sequence[str], *, block: bool = True) -> list[str]:
+        wait = ("BLOCK", str(BLOCK_MS)) if block else ()
         command: Command = (
-            *("XREADGROUP", "GROUP", GROUP, self._worker_id, "COUNT", "1"),
-            *("BLOCK", str(BLOCK_MS), "STREAMS", *ready, *([">"] * len(ready))),
+            *("XREADGROUP", "GROUP", GROUP, self._worker_id, "COUNT", "1", *wait),
+            *("STREAMS", *ready, *([">"] * len(ready))),
         )
         (reply,) = await link.run([command], timeout=BLOCK_MS / 1000 + 5)
         if isinstance(reply, Exception):

@@ -6,7 +6,7 @@ if m[1] == false or ended(m[1]) or m[2] == '' then
   redis.call('ZREM', OWN, SID)
   return 0
 end
-if m[4] ~= '0' or live(m[2], WORKERS, OWN, now_ms()) then return 0 end
+if live(m[2], WORKERS, OWN, now_ms()) then return 0 end
 if m[3] == 'suspended' then
   -- Nobody may claim it: take the lease away, so that resuming finds it.
   redis.call('HSET', META, 'lease', '', 'state', 'rescheduling', 'seen', 0)
@@ -14,6 +14,7 @@ if m[3] == 'suspended' then
   project(PROJ)
   return 0
 end
+if m[4] ~= '0' then return 0 end
 redis.call('HSET', META, 'state', 'rescheduling')
 enqueue(META, READY)
 project(PROJ)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
+import select
 import socket
 import struct
 import time
@@ -49,17 +51,10 @@ class Outcome:
 
 def probe(target: Target, timeout_s: float = AT_ONCE_S) -> Outcome:
     """Try to reach a target from this process, as its own UID."""
-    family = socket.AF_INET6 if ":" in target.host else socket.AF_INET
-    kind = socket.SOCK_STREAM if target.proto == "tcp" else socket.SOCK_DGRAM
+    attempt = _connect if target.proto == "tcp" else _query
     began = time.monotonic()
     try:
-        with socket.socket(family, kind) as sock:
-            sock.settimeout(timeout_s)
-            sock.connect((target.host, target.port))
-            if target.proto == "udp":
-                # A query for the root: whatever comes back, even an ICMP error, went through.
-                sock.send(b"\0\1\1\0\0\1\0\0\0\0\0\0\0\0\2\0\1")
-                sock.recv(512)
+        attempt(target, timeout_s)
     except TimeoutError:
         return Outcome(str(target), False, "no answer in time, which proves nothing")
     except OSError as err:
@@ -69,6 +64,45 @@ def probe(target: Target, timeout_s: float = AT_ONCE_S) -> Outcome:
             return Outcome(str(target), True, name)
         return Outcome(str(target), False, f"{name} after {took:.3f} s is not the filter's refusal")
     return Outcome(str(target), False, "reached")
+
+
+def _family(target: Target) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in target.host else socket.AF_INET
+
+
+def _connect(target: Target, timeout_s: float) -> None:
+    """Connect by TCP, or raise what the kernel says; TimeoutError if it says nothing.
+
+    A rejection comes back while connect() still holds the socket. The kernel then keeps it as a soft
+    error, which over IPv6 a blocking connect() reports only after the first retransmission (1 s);
+    SO_ERROR shows it at once.
+    """
+    deadline = time.monotonic() + timeout_s
+    with socket.socket(_family(target), socket.SOCK_STREAM) as sock:
+        sock.setblocking(False)
+        code = sock.connect_ex((target.host, target.port))
+        while code == errno.EINPROGRESS:
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code != 0:
+                break
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            _, writable, _ = select.select([], [sock], [], min(left, 0.05))
+            code = errno.EINPROGRESS
+            if writable:
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code != 0:
+            raise OSError(code, os.strerror(code))
+
+
+def _query(target: Target, timeout_s: float) -> None:
+    """Send a DNS query by UDP and wait for any answer."""
+    with socket.socket(_family(target), socket.SOCK_DGRAM) as sock:
+        sock.settimeout(timeout_s)
+        sock.connect((target.host, target.port))
+        sock.send(b"\0\1\1\0\0\1\0\0\0\0\0\0\0\0\2\0\1")
+        sock.recv(512)
 
 
 def loopback_works(host: str = "127.0.0.1") -> Outcome:

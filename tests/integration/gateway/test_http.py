@@ -260,17 +260,19 @@ async def register(rig, box, **changes):
 
 async def test_exec_runs_and_is_on_record(rig, sandbox):
     await register(rig, sandbox)
-    status, body, _ = await rig.call("POST", EXEC, json={"command": "id -u", "timeout_ms": 5000})
+    status, body, _ = await rig.call(
+        "POST", EXEC, json={"command": "cd x; id -u", "timeout_ms": 5000}
+    )
     assert status == 200
     assert (body["content"], body["exit_code"], body["is_error"]) == ("hi\n", 3, False)
     ((token, call),) = sandbox.calls
     assert token == "Bearer exec-token"
-    assert (call["name"], call["input"]["command"]) == ("bash", "id -u")
+    assert (call["name"], call["input"]["command"]) == ("bash", "bash -c 'cd x; id -u'")
     assert rig.broker.asked == [("default", "box-uid", "jane")]
     audit = [e for e in await rig.logs["default"].get_events(SID) if e.type == ev.SESSION_EXEC]
     assert [event.data.get("exit_code") for event in audit] == [None, 3]
     assert audit[0].data["actor"]["user"] == "jane"
-    assert audit[0].data["command"] == "id -u"
+    assert audit[0].data["command"] == "cd x; id -u"
     assert audit[1].body["c"] == audit[0].id
 
 

@@ -122,6 +122,13 @@ def test_what_is_wrong_is_named_with_its_remedy(change, what, verdict, says):
     assert says in found[1]
 
 
+@pytest.mark.parametrize("hosts", ["models.svc", "models.svc:8080", "x,Models.svc"])
+def test_the_hosts_that_the_broker_accepts_are_ok_here_too(hosts):
+    seen = healthy()
+    seen.secret["metadata"]["annotations"] = {"cowhand.dev/allowed-hosts": hosts}
+    assert verdicts(seen)["model key"][0] == "ok"
+
+
 NOW = 1_800_000_000.0
 
 

@@ -218,7 +218,10 @@ def _secret(seen: Snapshot) -> Line:
     where = f"Secret {seen.namespace}/{name}"
     if "secret" in seen.errors:
         return Line("warn", what, f"{where}: cannot be checked: {seen.errors['secret']}")
-    host = urlsplit(env.get("COWHAND_MODEL_BASE_URL") or "https://api.anthropic.com").netloc
+    base = urlsplit(env.get("COWHAND_MODEL_BASE_URL") or "https://api.anthropic.com")
+    host = base.netloc.lower()
+    port = base.port or (443 if base.scheme == "https" else 80)
+    accepted = {host, str(base.hostname), f"{base.hostname}:{port}"}
     create = (
         f"kubectl -n {seen.namespace} create secret generic {name} --from-literal=api-key=... && "
         f"kubectl -n {seen.namespace} annotate secret {name} {ANNOTATION}={host}"
@@ -228,8 +231,8 @@ def _secret(seen: Snapshot) -> Line:
     if "api-key" not in seen.secret["keys"]:
         return Line("fail", what, f"{where} has no key `api-key`")
     allowed = str((seen.secret["metadata"].get("annotations") or {}).get(ANNOTATION) or "")
-    hosts = {part.strip() for part in allowed.split(",") if part.strip()}
-    if not hosts & {host, host.rpartition(":")[0] or host}:
+    hosts = {part.strip().lower() for part in allowed.split(",") if part.strip()}
+    if not hosts & accepted:
         return Line(
             "fail",
             what,

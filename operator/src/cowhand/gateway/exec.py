@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -85,7 +86,12 @@ class PinnedHands:
         body = {
             "call_id": f"exec/{uuid7()}",
             "name": "bash",
-            "input": {"command": command.command, "timeout_ms": command.timeout_ms},
+            # A bash of its own: the sandbox's shell belongs to the agent, and `cd`, `export` or `exit`
+            # of a person must not change it.
+            "input": {
+                "command": f"bash -c {shlex.quote(command.command)}",
+                "timeout_ms": command.timeout_ms,
+            },
             "timeout_ms": command.timeout_ms,
         }
         try:

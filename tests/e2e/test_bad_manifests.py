@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import uuid
@@ -15,6 +16,8 @@ from e2e.bad_manifests import BAD, BAD_UPDATES, GOOD, GOOD_UPDATES, Bad, BadUpda
 pytestmark = pytest.mark.apiserver
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+SYSTEM = os.environ.get("COWHAND_SYSTEM_NAMESPACE", "cowhand-system")
+RELEASE = r"meta\.helm\.sh/release-name"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -39,6 +42,21 @@ def kubectl() -> Run:
 
     done = run("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
     assert done.returncode == 0, done.stderr
+    if not run(
+        "get", "crd/agents.cowhand.dev", "-o", f"jsonpath={{.metadata.annotations.{RELEASE}}}"
+    ).stdout:
+        # Not there by the chart: let a later `helm install` take them over.
+        crds = [
+            f"crd/{path.stem.partition('_')[2]}.cowhand.dev"
+            for path in (ROOT / "crds").glob("*.yaml")
+        ]
+        run("label", *crds, "app.kubernetes.io/managed-by=Helm")
+        run(
+            "annotate",
+            *crds,
+            "meta.helm.sh/release-name=cowhand",
+            f"meta.helm.sh/release-namespace={SYSTEM}",
+        )
     for kind in ("agents", "agentsessions", "environments", "sandboxes"):
         done = run(
             "wait", "--for=condition=Established", f"crd/{kind}.cowhand.dev", "--timeout=60s"
@@ -116,11 +134,18 @@ def test_kubectl_can_wait_for_the_end_of_a_turn(kubectl: Run, namespace: str) ->
         "message": "",
         "lastTransitionTime": "2026-01-01T00:00:00Z",
     }
-    patched = kubectl(
-        "patch", "-n", namespace, "agentsession", "waited", "--subresource=status", "--type=merge",
-        "-p", json.dumps({"status": {"conditions": [condition]}}),
-    )  # fmt: skip
-    assert patched.returncode == 0, patched.stderr
+
+    def patch(generation: int) -> None:
+        status = {"conditions": [condition], "observedGeneration": generation}
+        patched = kubectl(
+            "patch", "-n", namespace, "agentsession", "waited", "--subresource=status", "--type=merge",
+            "-p", json.dumps({"status": status}),
+        )  # fmt: skip
+        assert patched.returncode == 0, patched.stderr
+
+    patch(0)  # of an older spec: kubectl does not take it for an answer
+    assert kubectl(*wait, "--timeout=1s").returncode != 0
+    patch(1)
     assert kubectl(*wait, "--timeout=30s").returncode == 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SCRIPT = """#!{python}
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 folder = pathlib.Path({folder!r})
 arguments = sys.argv[1:]
 with open(folder / "calls.jsonl", "a") as calls:
@@ -35,6 +35,8 @@ if verb == "config":
 elif words[:2] == ["create", "token"]:
     print((folder / "token").read_text())
 elif verb == "port-forward":
+    with open(folder / "forwards", "a") as pids:
+        pids.write(str(os.getpid()) + "\\n")
     print("Forwarding from 127.0.0.1:" + (folder / "port").read_text() + " -> 8443", flush=True)
     time.sleep(3600)
 elif verb in ("apply", "create"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -178,6 +180,18 @@ async def test_a_broken_tunnel_is_mended_without_a_gap(rig, cli):
     seen += [json.loads(line)["seq"] for line in out.splitlines()]
     assert seen == list(range(1, seen[-1] + 1))
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_whatever_ends_a_command_ends_its_port_forward(rig, cli, number):
+    await rig.create()
+    process = await cli.start("events", "-f", "fix")
+    await asyncio.wait_for(process.stdout.readline(), 30)
+    process.send_signal(number)
+    assert await asyncio.wait_for(process.wait(), 30) == 128 + number
+    for pid in (cli.kubectl.folder / "forwards").read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
 
 
 async def test_run_applies_and_follows(rig, cli, tmp_path):

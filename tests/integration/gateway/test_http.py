@@ -11,10 +11,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from cowhand.errors import Denied, StoreUnavailable
 from cowhand.gateway import pump
 from cowhand.gateway.auth import Authority, Caller
 from cowhand.gateway.run import tls_context
 from cowhand.hands import transport
+from cowhand.kube.errors import Forbidden, Unauthorized
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
 from cowhand.session.log import HandRecord
@@ -190,6 +192,28 @@ async def test_approvals_need_their_own_right(rig):
     assert len(await rig.logs["default"].get_events(SID)) == 2
 
 
+@pytest.mark.parametrize(
+    "error", [Forbidden("may not create tokenreviews"), Unauthorized("old token")]
+)
+async def test_the_gateways_own_missing_rights_are_not_the_callers_fault(rig, error):
+    rig.kube.error = error
+    status, body, headers = await rig.call("GET", f"/v1/sessions/{SID}")
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert "the gateway itself is refused" in body["error"]["message"]
+
+
+async def test_a_store_that_refuses_or_is_away_is_503(rig, monkeypatch):
+    for error in (Denied("WRONGPASS"), StoreUnavailable("away", after=3)):
+
+        async def refuse(session_id, error=error):
+            raise error
+
+        monkeypatch.setattr(rig.logs["default"], "get_session", refuse)
+        status, body, headers = await rig.call("GET", f"/v1/sessions/{SID}")
+        assert (status, body["error"]["type"]) == (503, "api_error")
+        assert int(headers["retry-after"]) in (1, 3)
+
+
 async def test_health_needs_no_token_and_tells_of_store_and_broker(rig):
     rig.broker.up = False
     status, body, _ = await rig.call("GET", "/healthz", token=None)
@@ -329,7 +353,8 @@ async def test_a_record_without_the_brokers_signature_is_not_dialled(rig, sandbo
     for signature in ("", f"{rig.broker.key.kid}.AAAA", "other.AAAA"):
         await register(rig, sandbox, signature=signature)
         status, body, _ = await rig.call("POST", EXEC, json={"command": "true"})
-        assert status == 403, body
+        assert status == 409, body
+        assert "not trusted" in body["error"]["message"]
     assert sandbox.calls == []
     assert rig.broker.asked == []
 

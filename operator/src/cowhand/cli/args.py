@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,8 +72,15 @@ def _globals(into: argparse.ArgumentParser, suppress: dict[str, Any]) -> None:
     flag("--ca-file", text="CA of the gateway's certificate, instead of ConfigMap cowhand-ca")
 
 
+def _leave(number: int, _: object) -> None:
+    sys.exit(128 + number)
+
+
 def _lazy(module: str, function: str) -> Handler:
     def handler(args: argparse.Namespace) -> int:
+        # The port-forward is a process of ours: whatever ends us must unwind, and end it too.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _leave)
         loaded = importlib.import_module(f"cowhand.cli.{module}")
         result: int = getattr(loaded, function)(args)
         return result

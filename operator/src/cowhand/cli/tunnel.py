@@ -6,6 +6,7 @@ import contextlib
 import re
 import selectors
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from typing import IO, Final
@@ -42,7 +43,10 @@ def port_forward(kubectl: Kubectl, namespace: str, target: str, port: int) -> It
     )
     try:
         assert process.stdout is not None
-        yield _await_port(process.stdout, f"{target} in namespace {namespace}")
+        local = _await_port(process.stdout, f"{target} in namespace {namespace}")
+        # kubectl writes a line for each connection: a pipe that nobody reads would stop it one day.
+        threading.Thread(target=_drain, args=(process.stdout,), daemon=True).start()
+        yield local
     finally:
         process.terminate()
         try:
@@ -50,8 +54,12 @@ def port_forward(kubectl: Kubectl, namespace: str, target: str, port: int) -> It
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+
+
+def _drain(output: IO[bytes]) -> None:
+    with output:
+        while output.read1(4096):  # type: ignore[attr-defined]
+            pass
 
 
 def _await_port(output: IO[bytes], what: str) -> int:

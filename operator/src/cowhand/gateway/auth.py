@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
-from cowhand.errors import Denied, Unauthenticated
+from cowhand.gateway.errors import Forbidden, Unknown
 from cowhand.kube.client import Kube
 
 AUDIENCE: Final = "cowhand-gateway"
@@ -123,12 +123,13 @@ class Authority:
             api_key: value of `X-Api-Key`, where older official clients put the same token.
 
         Raises:
-            Unauthenticated: no token, or Kubernetes does not accept it for our audience.
+            Unknown: no token, or Kubernetes does not accept it for our audience.
             KubeUnavailable: no answer from the API server.
+            Denied: the gateway itself may not ask for reviews.
         """
         token = _token(authorization) or (api_key or "").strip()
         if not token:
-            raise Unauthenticated(
+            raise Unknown(
                 "no token: send `Authorization: Bearer <token>`; make one with "
                 f"`kubectl create token cowhand-cli --audience {AUDIENCE}`"
             )
@@ -139,7 +140,7 @@ class Authority:
             ttl = TOKEN_TTL_S if isinstance(found, Caller) else REFUSED_TTL_S
             self._callers.put(key, found, ttl)
         if isinstance(found, str):
-            raise Unauthenticated(found)
+            raise Unknown(found)
         return found
 
     async def _review(self, token: str) -> Caller | str:
@@ -174,7 +175,7 @@ class Authority:
         """Check that the caller has the right.
 
         Raises:
-            Denied: they do not; the message names verb, resource and namespace.
+            Forbidden: they do not; the message names verb, resource and namespace.
             KubeUnavailable: no answer from the API server.
         """
         key = (caller, right)
@@ -185,7 +186,7 @@ class Authority:
         allowed, reason = found
         if not allowed:
             why = f" ({reason})" if reason else ""
-            raise Denied(
+            raise Forbidden(
                 f"user {caller.user} may not {right}{why}: bind a Role with verb {right.verb} on "
                 f"resource agentsessions/{right.subresource} of API group cowhand.dev there"
             )

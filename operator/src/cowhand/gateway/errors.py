@@ -45,6 +45,14 @@ class Conflict(CowhandError):
     """The state of the thing does not allow this, and asking again will not help (409)."""
 
 
+class Forbidden(Denied):
+    """The caller lacks a right (403)."""
+
+
+class Unknown(Unauthenticated):
+    """The caller has shown no token that Kubernetes accepts (401)."""
+
+
 class TooLarge(UserError):
     """An event or a body over its limit (413)."""
 
@@ -78,15 +86,16 @@ def status_of(error: BaseException) -> int:
         return 413
     if isinstance(error, UserError):
         return 400
-    if isinstance(error, Unauthenticated):
+    if isinstance(error, Unknown):
         return 401
-    if isinstance(error, Denied):
+    if isinstance(error, Forbidden):
         return 403
     if isinstance(error, SessionNotFound | NotFound):
         return 404
     if isinstance(error, SessionClosed | Conflict | HandLost):
         return 409
-    if isinstance(error, Retryable):
+    # Any other refusal is of the gateway itself, by the store, Kubernetes or the broker: not the caller's fault.
+    if isinstance(error, Retryable | Denied):
         return 503
     return 500
 
@@ -96,6 +105,8 @@ def answer(error: BaseException, request_id: str) -> Answer:
     status = status_of(error)
     if status == 500:
         message = f"internal error; the gateway's log has it under {request_id}"
+    elif status == 503 and isinstance(error, Denied):
+        message = f"the gateway itself is refused, its installation is not complete: {error}"
     elif isinstance(error, UserError) and error.field and error.field not in str(error):
         message = f"{error.field}: {error}"
     else:
@@ -103,8 +114,9 @@ def answer(error: BaseException, request_id: str) -> Answer:
     headers: dict[str, str] = {}
     if status == 409:
         headers["x-should-retry"] = "false"
-    if isinstance(error, Retryable):
-        headers["retry-after"] = str(max(1, round(error.after or RETRY_AFTER_S)))
+    if status == 503:
+        after = error.after if isinstance(error, Retryable) else None
+        headers["retry-after"] = str(max(1, round(after or RETRY_AFTER_S)))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return Answer(status, envelope(status, message, request_id), headers)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from cowhand.errors import HandUnavailable, SessionClosed, SessionNotFound, UserError
+from cowhand.errors import Denied, HandUnavailable, SessionClosed, SessionNotFound, UserError
 from cowhand.gateway.auth import Caller
 from cowhand.gateway.broker import Broker
 from cowhand.gateway.errors import Conflict, NotFound, TooLarge
@@ -163,8 +163,7 @@ class Executor:
 
         Raises:
             NotFound: there is no such Sandbox.
-            Conflict: it is not ready, or refuses.
-            Denied: its record does not carry the broker's signature.
+            Conflict: it is not ready, its record lacks the broker's signature, or it refuses.
             HandUnavailable, BrokerUnavailable, StoreUnavailable.
         """
         record = await self._record(namespace, name)
@@ -192,7 +191,10 @@ class Executor:
             raise Conflict(
                 f"Sandbox {name} is {record.state} ({record.reason or 'no reason'}){why}"
             )
-        verify_record(record, await self.broker.keys(), namespace=namespace)
+        try:
+            verify_record(record, await self.broker.keys(), namespace=namespace)
+        except Denied as err:
+            raise Conflict(f"Sandbox {name} is not trusted: {err}") from err
         if record.sandbox_uid != manifest["metadata"]["uid"]:
             raise Conflict(f"the record of Sandbox {name} belongs to another Sandbox")
         return record

@@ -1,0 +1,131 @@
+"""The frozen session: its events, its model endpoint, and what makes two runs the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cowhand.api.v1alpha1 import AgentSession, AgentSpec, EnvironmentSpec
+from cowhand.controller.freeze import (
+    AgentSource,
+    FreezeDefaults,
+    Frozen,
+    TooLarge,
+    freeze,
+    tombstone,
+)
+
+DEFAULTS = FreezeDefaults(
+    EnvironmentSpec.model_validate({"resources": {"cpu": "1"}}),
+    "sandbox:1",
+    "https://api.anthropic.com",
+    "cowhand-model",
+)
+
+
+def session(**spec: Any) -> AgentSession:
+    body: dict[str, Any] = {"agentRef": {"name": "coder"}, "message": "hi"}
+    if "messages" in spec:
+        del body["message"]
+    if "agent" in spec:
+        del body["agentRef"]
+    meta = {"name": "one", "namespace": "ns", "uid": "u", "generation": 1}
+    return AgentSession.model_validate({"metadata": meta, "spec": {**body, **spec}})
+
+
+def frozen(agent: dict[str, Any] | None = None, **spec: Any) -> Frozen:
+    of = AgentSpec.model_validate({"model": {"id": "m"}, **(agent or {})})
+    big = EnvironmentSpec.model_validate({"image": "big:2", "resources": {"memory": "8Gi"}})
+    source = AgentSource(of, "coder", "agent-uid", 4)
+    return freeze(session(**spec), "sesn_" + "0" * 32, source, {"big": big}, DEFAULTS)
+
+
+def test_the_created_event_holds_everything_a_harness_needs() -> None:
+    made = frozen(
+        {"system": "Be kind.", "tools": [{"name": "bash", "permission": "Ask"}, {"name": "read"}]},
+        title="A title",
+        environmentRef={"name": "big"},
+        resources=[{"configMap": {"name": "code"}, "mountPath": "/workspace"}],
+        budget={"maxTokens": 9},
+    )
+    data = made.events[0].data
+    assert data["agent"]["generation"] == 4
+    assert len(data["agent"]["hash"]) == 64
+    assert data["request"]["system"] == [{"type": "text", "text": "Be kind."}]
+    assert [tool["name"] for tool in data["request"]["tools"]] == ["bash", "read"]
+    assert data["permissions"] == {"bash": "Ask", "read": "Allow"}
+    assert data["budget"] == {"max_tokens": 9}
+    assert data["title"] == "A title"
+    (hand,) = data["hands"]
+    assert (hand["name"], hand["kind"], hand["provisioning"]) == ("sandbox", "sandbox", "Lazy")
+    assert hand["environment_ref"] == "big"
+    assert hand["environment"]["image"] == "big:2"
+    assert hand["environment"]["resources"] == {"cpu": "1", "memory": "8Gi"}
+    assert data["resources"][0]["configMap"]["name"] == "code"
+
+
+def test_a_hand_may_name_its_own_environment() -> None:
+    hand = {"name": "h", "sandbox": {"environmentRef": {"name": "big"}, "provisioning": "Eager"}}
+    data = frozen({"hands": [hand]}).events[0].data
+    assert data["hands"][0]["environment"]["image"] == "big:2"
+    assert data["hands"][0]["provisioning"] == "Eager"
+
+
+def test_model_endpoint_and_secret() -> None:
+    assert frozen().meta.model == {
+        "base_url": "https://api.anthropic.com",
+        "secret": {"name": "cowhand-model", "key": "api-key"},
+    }
+    model = {"id": "m", "baseURL": "http://model:8080", "secretRef": {"name": "k", "key": "x"}}
+    own = frozen({"model": model}).meta.model
+    assert own == {"base_url": "http://model:8080", "secret": {"name": "k", "key": "x"}}
+
+
+def test_messages_become_events_with_their_ids() -> None:
+    assert [event.id for event in frozen().events] == ["created", "msg:0"]
+    several = frozen(messages=[{"id": "a", "content": "x"}, {"id": "b", "content": "y"}])
+    assert [event.id for event in several.events] == ["created", "msg:a", "msg:b"]
+    suspended = frozen(operatingMode="Suspended")
+    assert [event.type for event in suspended.events][-1] == "session.suspended"
+
+
+def test_too_large_says_what_to_do() -> None:
+    with pytest.raises(TooLarge, match="ConfigMap"):
+        frozen(message="x" * 70_000)
+
+
+SAME: list[dict[str, Any]] = [
+    {"operatingMode": "Suspended"},
+    {"budget": {"maxTokens": 1}},
+    {"ttlSecondsAfterFinished": 5},
+    {"deletionPolicy": "Delete"},
+    {"title": "x"},
+]
+OTHER: list[dict[str, Any]] = [
+    {"message": "another"},
+    {"runID": "2"},
+    {"agentRef": {"name": "writer"}},
+    {"environmentRef": {"name": "big"}},
+    {"resources": [{"configMap": {"name": "c"}, "mountPath": "/workspace"}]},
+]
+
+
+@pytest.mark.parametrize("spec", SAME)
+def test_the_same_run(spec: dict[str, Any]) -> None:
+    assert tombstone("ns", "one", session(**spec).spec) == tombstone("ns", "one", session().spec)
+
+
+@pytest.mark.parametrize("spec", OTHER)
+def test_another_run(spec: dict[str, Any]) -> None:
+    assert tombstone("ns", "one", session(**spec).spec) != tombstone("ns", "one", session().spec)
+
+
+def test_name_and_namespace_count_and_later_messages_do_not() -> None:
+    spec = session().spec
+    assert len({tombstone("ns", "one", spec), tombstone("ns", "two", spec)}) == 2
+    assert tombstone("ns", "one", spec) != tombstone("other", "one", spec)
+    a, b = {"id": "a", "content": "x"}, {"id": "b", "content": "y"}
+    short, long = session(messages=[a]).spec, session(messages=[a, b]).spec
+    assert tombstone("ns", "one", short) == tombstone("ns", "one", long)
+    assert tombstone("ns", "one", short) != tombstone("ns", "one", session(messages=[b]).spec)

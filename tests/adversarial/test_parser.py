@@ -92,7 +92,7 @@ async def test_c9_a_client_that_never_reads_is_cut_off(chain: Rig) -> None:
             writer.write(b"10000\r\n" + b"x" * 65536 + b"\r\n")
             await writer.drain()
 
-    chain.upstream.answer = flood  # type: ignore[assignment]
+    chain.upstream.answer = flood
     server = await chain.harness(limits=Limits(write_s=0.1))
     client = await chain.open(server.port)
     await client.send(messages())

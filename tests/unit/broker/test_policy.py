@@ -70,7 +70,7 @@ def test_reviews_that_make_no_caller(changes: dict[str, Any], kind: str) -> None
     ids=str,
 )
 def test_a_pod_account(changes: dict[str, str], fits: bool) -> None:
-    caller = dataclasses.replace(POD, **changes)  # type: ignore[arg-type]
+    caller = dataclasses.replace(POD, **changes)
     assert (policy.check_pod_account(caller, "cowhand-sandbox", ["team"]) is None) is fits
 
 
@@ -166,7 +166,7 @@ def test_a_transfer_survives_a_restart_of_the_proxy() -> None:
     assert made == record(owner="sesn_" + "c" * 32, owner_epoch=3)
 
 
-def change(target: dict[str, Any], path: str, value: Any) -> None:
+def change(target: Any, path: str, value: Any) -> None:
     *way, last = path.split("/")
     for key in way:
         target = target[int(key)] if isinstance(target, list) else target[key]

@@ -216,6 +216,16 @@ def test_a_ready_record_is_only_ever_lost() -> None:
         assert plan.mark is None or plan.mark.state == "Lost", name
 
 
+def test_the_cause_stays_while_and_after_the_pod_goes() -> None:
+    why = {"record": "Failed", "record_reason": "StartupTimeout", "record_message": "no image"}
+    had_pod = sandbox(status={"podUID": "p"})
+    for left in (pod(terminating=True), None):
+        plan = reconcile_sandbox(snapshot(had_pod, left, **why), NOW)
+        assert plan.status is not None
+        (ready,) = [c for c in plan.status.conditions if c.type == "Ready"]
+        assert (ready.reason, ready.message) == ("StartupTimeout", "no image")
+
+
 def test_what_is_lost_says_why_and_what_follows() -> None:
     mark = plan_of("killed").mark
     assert mark is not None

@@ -134,6 +134,8 @@ class SandboxController:
             refused=refused[0] if refused else None,
             refused_at=refused[1] if refused else None,
             record=record.state if record else None,
+            record_reason=record.reason if record else "",
+            record_message=record.message if record else "",
             last_pod=self._gone.get(sandbox.metadata.uid),
         )
         if not snap.served:

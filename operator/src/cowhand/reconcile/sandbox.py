@@ -8,7 +8,7 @@ applied by hand gets a new pod. Nothing here needs the store: a dead store delay
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
@@ -66,6 +66,8 @@ class SandboxSnapshot:
         refused: what the API server said when the pod was created last, or None.
         refused_at: when that was.
         record: state of its hand record; None: there is none, or the store does not answer.
+        record_reason: reason in the record.
+        record_message: text in the record.
         last_pod: the newest pod that we saw of it before it went away, or None.
     """
 
@@ -79,6 +81,8 @@ class SandboxSnapshot:
     refused: str | None = None
     refused_at: datetime | None = None
     record: Literal["Pending", "Ready", "Failed", "Lost"] | None = None
+    record_reason: str = ""
+    record_message: str = ""
     last_pod: Mapping[str, Any] | None = None
 
 
@@ -223,11 +227,11 @@ def _waits(snap: SandboxSnapshot, cause: Cause, now: datetime) -> _Verdict:
 
 def _lost(snap: SandboxSnapshot) -> _Verdict:
     """A session's sandbox whose pod is gone: it stays gone."""
-    if snap.record == "Failed":
-        old = conditions.find(snap.sandbox.status.conditions, SandboxCondition.READY)
-        text = old.message if old is not None else "The pod could not start."
-        timed_out = old is not None and old.reason == SandboxReady.STARTUP_TIMEOUT
-        reason = SandboxReady.STARTUP_TIMEOUT if timed_out else SandboxReady.POD_LOST
+    if snap.record in ("Failed", "Lost") and snap.record_message:
+        # The record says why; what we see now is only that there is nothing left to see.
+        known = snap.record_reason in {str(reason) for reason in SandboxReady}
+        reason = SandboxReady(snap.record_reason) if known else SandboxReady.POD_LOST
+        text = snap.record_message.removesuffix(GONE).rstrip()
         return _Verdict(Cause(reason, text), doomed=True)
     text = "The pod was deleted."
     if snap.last_pod is not None and pod_state.has_failed(snap.last_pod):
@@ -237,6 +241,8 @@ def _lost(snap: SandboxSnapshot) -> _Verdict:
 
 def _with_pod(snap: SandboxSnapshot, pod: Mapping[str, Any], now: datetime) -> _Verdict:
     held = snap.sandbox.spec.holder is not None
+    if held and pod_state.is_terminating(pod) and snap.record in ("Failed", "Lost"):
+        return replace(_lost(snap), stopping=True)
     if pod_state.is_terminating(pod):
         cause = Cause(SandboxReady.POD_LOST, "The pod is being deleted.")
         return _Verdict(cause, mark="Lost", stopping=True, doomed=held)

@@ -10,7 +10,7 @@
 
 GO_MINIMUM=1.26.0
 
-usage() { die "usage: $0 kubernetes|etcd|coredns|containerd|runc|runc-wrapper|kind|helm|local-path-provisioner"; }
+usage() { die "usage: $0 kubernetes|etcd|coredns|containerd|runc|runc-wrapper|kind|helm|local-path-provisioner|netpol-agent"; }
 
 ldflags_for() {
   local v=v$KUBERNETES_VERSION package flags="-s -w"

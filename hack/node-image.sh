@@ -11,7 +11,7 @@
 # shellcheck source=hack/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-COMPONENTS="kubernetes etcd coredns containerd runc kind local-path-provisioner"
+COMPONENTS="kubernetes etcd coredns containerd runc kind local-path-provisioner netpol-agent"
 OFFICIAL_PROBE=kindest/node:v$KUBECTL_DOWNLOAD_VERSION
 
 restricted() { if missing_sys_resource; then echo true; else echo false; fi; }
@@ -54,6 +54,8 @@ assemble() {
   cp -R "$files" "$dir/files"
   chmod -R u+w "$dir/files"
   cp "$HACK_DIR/node-image/Dockerfile" "$HACK_DIR/node-image/default-storage.yaml" "$dir/"
+  cp "$HACK_DIR/node-image/cowhand-netpol.service" "$dir/files/etc/systemd/system/"
+  cp "$(built netpol-agent)/netpol-agent" "$dir/bin/"
   for name in containerd containerd-shim-runc-v2 ctr; do cp "$(built containerd)/$name" "$dir/bin/"; done
   for name in kubelet kubeadm kubectl; do cp "$(built kubernetes)/$name" "$dir/usr-bin/"; done
   if [ "$(restricted)" = true ]; then

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import uuid
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,19 +12,10 @@ from cowhand.errors import UserError
 from cowhand.kube import kinds
 from cowhand.kube.client import Kube, connect
 from cowhand.kube.errors import AlreadyExists, Conflict, Invalid, NotFound, NotServed
+from support.apiserver import kubeconfig
 from support.memory_kube import MemoryKube
 
-ROOT = Path(__file__).parents[3]
 MANAGER = "cowhand-operator"
-
-
-def _kubeconfig() -> str | None:
-    script = ROOT / "hack" / "cluster.sh"
-    if not script.exists() or shutil.which("sh") is None:
-        return None
-    done = subprocess.run([str(script), "kubeconfig"], capture_output=True, text=True, timeout=20)
-    path = done.stdout.strip()
-    return path if done.returncode == 0 and path and Path(path).exists() else None
 
 
 @pytest.fixture(params=["memory", pytest.param("server", marks=pytest.mark.apiserver)])
@@ -37,7 +25,7 @@ async def kube(request: pytest.FixtureRequest) -> AsyncIterator[Kube]:
         double.missing.add(kinds.SCALED_OBJECT)
         yield double
         return
-    path = _kubeconfig()
+    path = kubeconfig()
     if path is None:
         pytest.skip("no cluster: `make cluster` starts one")
     client = await connect(path)

@@ -73,7 +73,9 @@ class ModelServer:
             talk = conversation(body)
             entry.turn = talk.turn
             turn = self._turn(body, talk)
-            fault = self.control.fault(entry.session, talk.turn, turn.fault)
+            fault = self.control.fault(
+                entry.session, script_name(talk.text) or "", talk.turn, turn.fault
+            )
             await self._before_first_byte(turn, entry)
             if fault in _STATUS_FAULTS:
                 entry.outcome = f"fault:{fault}"
@@ -84,7 +86,7 @@ class ModelServer:
             entry.outcome = "refused" if entry.outcome == "running" else entry.outcome
             raise
         except (asyncio.CancelledError, ConnectionError):
-            entry.outcome = "gone"
+            entry.outcome = "gone" if entry.outcome == "running" else entry.outcome
             raise
         _log.info(
             "session=%s turn=%s status=%s outcome=%s",
@@ -169,8 +171,7 @@ class ModelServer:
             raise _STATUS_FAULTS["529"]
         if fault in ("cut", "eof"):
             entry.outcome = f"fault:{fault}"
-            _cut(request)
-            raise ConnectionResetError
+            await _cut(request)
         entry.outcome = "ok" if fault is None else entry.outcome
         return web.json_response(whole, headers=headers)
 
@@ -302,15 +303,16 @@ async def _break(
             encode("error", {"type": "error", "error": error, "request_id": new_id("req")})
         )
     if fault == "cut":
-        _cut(request)
-        raise ConnectionResetError
+        await _cut(request)
     await response.write_eof()
     return response
 
 
-def _cut(request: web.Request) -> None:
+async def _cut(request: web.Request) -> None:
+    """Close the connection. What was written is flushed; the body stays without its end."""
     if request.transport is not None:
-        request.transport.close()  # what was written is flushed; the chunked body stays without its end
+        request.transport.close()
+    await asyncio.Event().wait()  # ended by the cancellation that the lost connection brings
 
 
 async def _pause(milliseconds: int) -> None:

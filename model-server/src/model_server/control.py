@@ -55,7 +55,7 @@ class Control:
     _bytes: int = 0
     _open: set[str] = field(default_factory=set)
     _waiting: list[Json] = field(default_factory=list)
-    _faults: Counter[tuple[str, int]] = field(default_factory=Counter)
+    _faults: Counter[tuple[str, str, int]] = field(default_factory=Counter)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def record(self, entry: Recorded) -> None:
@@ -66,11 +66,12 @@ class Control:
             self._bytes -= len(self.records.popleft().body)
             self.dropped += 1
 
-    def fault(self, session: str, turn: int, fault: Fault | None) -> str | None:
+    def fault(self, session: str, script: str, turn: int, fault: Fault | None) -> str | None:
         """The fault that this request meets; it is counted."""
-        if fault is None or self._faults[session, turn] >= fault.times:
+        key = (session, script, turn)
+        if fault is None or self._faults[key] >= fault.times:
             return None
-        self._faults[session, turn] += 1
+        self._faults[key] += 1
         return fault.kind
 
     async def wait(self, gate: str | None, place: str, session: str, turn: int, now: float) -> None:

@@ -44,7 +44,7 @@ def test_directory_variables_and_functions_stay(box: Sandboxd) -> None:
     ],
 )
 def test_output_and_exit_code(
-    shared: Sandsharedd, command: str, content: str | None, code: int
+    shared: Sandboxd, command: str, content: str | None, code: int
 ) -> None:
     result = shared.bash(command)
     assert (result["exit_code"], result["is_error"]) == (code, code != 0)

@@ -49,7 +49,7 @@ def test_read_of_lines(tmp_path: Path, given: list[int], expected: str) -> None:
 
 def test_read_of_a_large_file(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"line\n" * 100_000)
-    with pytest.raises(ToolError, match="500000 bytes.*view_range"):
+    with pytest.raises(ToolError, match=r"500000 bytes.*view_range"):
         files.read(tmp_path, "f", None)
     assert files.read(tmp_path, "f", [99_999, -1]) == "line\nline\n"
     (tmp_path / "one-line").write_bytes(b"x" * 3_000_000)

@@ -41,6 +41,7 @@ BATCH_COMMANDS: Final = 128
 BATCH_BYTES: Final = 1024 * 1024
 
 _PASSING: Final = ("LOADING", "READONLY", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN", "BUSY ", "MOVED")
+_NO_PERMISSION: Final = ("NOPERM", "ACL failure", "The user executing the script can't")
 _REFUSING: Final = ("OOM", "MISCONF", "NOREPLICAS")
 
 
@@ -79,7 +80,7 @@ def translate(err: BaseException) -> Exception:
     if isinstance(err, redis_errors.ResponseError):
         if _starts(err, (*_PASSING, *_REFUSING)):
             return StoreUnavailable(f"the store refuses writes for now: {err}", after=1.0)
-        if "NOPERM" in str(err) or "ACL failure" in str(err):
+        if any(text in str(err) for text in _NO_PERMISSION):
             return Denied(f"the store's ACL refuses this: {err}")
         return Terminal(f"the store refuses the command: {err}", reason="StoreRefused")
     return StoreUnavailable(f"the store does not answer: {err or type(err).__name__}", after=1.0)

@@ -43,7 +43,11 @@ def port_forward(kubectl: Kubectl, namespace: str, target: str, port: int) -> It
     )
     try:
         assert process.stdout is not None
-        local = _await_port(process.stdout, f"{target} in namespace {namespace}")
+        try:
+            local = _await_port(process.stdout, f"{target} in namespace {namespace}")
+        except TunnelFailed:
+            process.stdout.close()
+            raise
         # kubectl writes a line for each connection: a pipe that nobody reads would stop it one day.
         threading.Thread(target=_drain, args=(process.stdout,), daemon=True).start()
         yield local

@@ -45,7 +45,7 @@ def snapshot(kube: MemoryKube) -> dict[tuple[str, str, str], tuple[str, Json]]:
     }
 
 
-def text(kube_snapshot: Json, kind: str, namespace: str, name: str, key: str) -> str:
+def text(kube_snapshot: Any, kind: str, namespace: str, name: str, key: str) -> str:
     raw = kube_snapshot[(kind, namespace, name)][1][key]
     return raw if kind == "ConfigMap" else base64.b64decode(raw).decode()
 

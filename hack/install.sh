@@ -76,7 +76,7 @@ up() {
   model
   values >"$file"
   step "helm install cowhand" "${HELM[@]}" upgrade --install cowhand "$ROOT_DIR/charts/cowhand" \
-    --namespace "$RELEASE_NS" -f "$CACHE/image-values.yaml" -f "$file" --wait --timeout 10m
+    --namespace "$RELEASE_NS" -f "$CACHE/image-values.yaml" -f "$file" --wait --timeout 5m
   local ns
   for ns in $(tenants); do
     "${KUBECTL[@]}" -n "$ns" rollout status deployment/cowhand-harness --timeout 300s >&2

@@ -68,10 +68,12 @@ class Tools:
         command = given.get("command", "")
         if not command.strip():
             raise ToolError("bash: field 'command' is required (or restart: true)")
-        async with self._bash_turn:
-            if interrupt.is_set():
-                return _failed("the call was interrupted before its command started")
+        if not await _turn(self._bash_turn, interrupt):
+            return _failed("the call was interrupted before its command started")
+        try:
             ran = await self.shell.run(command, timeout_s, interrupt)
+        finally:
+            self._bash_turn.release()
         content = ran.output
         if ran.note:
             content += ("\n" if content and not content.endswith("\n") else "") + ran.note
@@ -128,6 +130,29 @@ class Tools:
             return await _threaded(
                 lambda: files.edit(workdir, given["file_path"], *texts, replace_all=replace_all)
             )
+
+
+async def _turn(lock: asyncio.Lock, interrupt: asyncio.Event) -> bool:
+    """Take the lock; False, without it, when the call is interrupted first."""
+    if not lock.locked() and not interrupt.is_set():
+        return await lock.acquire()
+    mine = asyncio.ensure_future(lock.acquire())
+    stop = asyncio.ensure_future(interrupt.wait())
+    try:
+        await asyncio.wait({mine, stop}, return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        if mine.done() and not mine.cancelled():
+            lock.release()
+        mine.cancel()
+        raise
+    finally:
+        stop.cancel()
+    if not interrupt.is_set():
+        return True
+    if mine.done():
+        lock.release()
+    mine.cancel()
+    return False
 
 
 async def _threaded(function: Callable[..., str], *args: object) -> Result:

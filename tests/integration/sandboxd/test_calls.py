@@ -101,6 +101,19 @@ def test_delete_interrupts(box: Sandboxd) -> None:
     assert box.bash("echo alive")["content"] == "alive\n"
 
 
+def test_delete_of_a_queued_call_keeps_it_from_starting(box: Sandboxd) -> None:
+    with start_and_leave(box, "s/1", "touch running; until [ -e go ]; do sleep 0.02; done"):
+        with start_and_leave(box, "s/2", "touch started"):
+            while box.request("GET", path_of("s/2"))[0] == 404:
+                threading.Event().wait(0.02)
+            status, answer = box.request("DELETE", path_of("s/2"))
+            assert (status, answer["status"]) == (200, "done")
+            assert "before its command started" in answer["result"]["content"]
+        (box.workdir / "go").touch()
+        assert box.request("GET", path_of("s/1") + "?wait_ms=20000")[1]["result"]["exit_code"] == 0
+    assert box.bash("ls")["content"] == "go\nrunning\n"
+
+
 @pytest.mark.parametrize(
     "raw",
     [

@@ -125,7 +125,9 @@ async def test_a_lost_status_does_not_send_messages_again(rig: Rig) -> None:
     rig.kube.put({**await rig.get(AS, "one"), "status": None})
     await rig.settle()
     assert rig.log.ids(NS, sid) == ["created", "msg:a"]
-    assert (await rig.get(AS, "one"))["status"]["sessionID"] == sid
+    status = (await rig.get(AS, "one"))["status"]
+    assert status["sessionID"] == sid
+    assert status["agent"]["hash"] == rig.log.session(NS, sid).log[0].data["agent"]["hash"]
 
 
 async def test_suspend_and_resume(rig: Rig) -> None:
@@ -173,6 +175,19 @@ async def test_made_again_it_adopts_the_run(rig: Rig) -> None:
     assert await rig.condition(AS, "one", "Succeeded") == ("True", "Completed")
     await rig.look(AS, "one")
     assert await rig.condition(AS, "one", "Ready") == ("True", "AlreadyRan")
+
+
+async def test_an_adopted_run_shows_the_agent_that_ran(rig: Rig) -> None:
+    await rig.kube.create(resource(kinds.AGENT, "coder", model={"id": "old"}))
+    first = await start(rig, agent=None, agentRef={"name": "coder"})
+    pinned = (await rig.get(AS, "one"))["status"]["agent"]
+    await rig.kube.delete(AS, NS, "one")
+    await rig.settle()
+    await rig.kube.patch(kinds.AGENT, NS, "coder", {"spec": {"model": {"id": "new"}}})
+    await start(rig, agent=None, agentRef={"name": "coder"})
+    status = (await rig.get(AS, "one"))["status"]
+    assert status["sessionID"] == first
+    assert status["agent"] == pinned
 
 
 async def test_another_message_or_run_id_is_another_run(rig: Rig) -> None:

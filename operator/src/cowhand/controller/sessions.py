@@ -21,6 +21,7 @@ from cowhand.api.v1alpha1 import (
     AgentSessionStatus,
     Environment,
     EnvironmentSpec,
+    PinnedAgent,
 )
 from cowhand.controller import freeze, observe
 from cowhand.controller.freeze import AgentSource, FreezeDefaults, Frozen
@@ -179,13 +180,14 @@ class SessionController:
             delivered=frozenset(state.delivered),
             refusal=Refusal("InvalidSpec", problem) if problem else None,
             finalized=labels.FINALIZER in session.metadata.finalizers,
-            pinned=state.frozen.pinned if state.frozen else None,
             written=self._written.get(key),
         )
         if not snap.served:
             return snap
         view = await self._look(key[0], state.session_id)
         snap = replace(snap, log=view)
+        if isinstance(view, LogView):
+            snap = replace(snap, pinned=await self._pinned(key[0], session, state))
         if isinstance(view, Absent) and not snap.deleting and not session.status.session_id:
             snap = await self._resolve(key, snap, state)
         needs_hands = isinstance(view, LogView) and (view.document.get("hands") or view.ended)
@@ -321,6 +323,20 @@ class SessionController:
             while len(self._created) > CREATED_CACHE:
                 self._created.popitem(last=False)
         return self._created[session_id]
+
+    async def _pinned(
+        self, namespace: str, session: AgentSession, state: _Pass
+    ) -> PinnedAgent | None:
+        """The agent as the log has it, unless the status says so already."""
+        if state.frozen is not None and not state.adopted:
+            return state.frozen.pinned
+        if session.status.agent is not None:
+            return session.status.agent
+        try:
+            created = await self._session_created(namespace, state.session_id)
+        except (StoreUnavailable, SessionNotFound):
+            return None
+        return PinnedAgent.model_validate(created["agent"])
 
     async def _look_at_messages(self, namespace: str, snap: SessionSnapshot) -> SessionSnapshot:
         """Which messages of an adopted object stand in the log of the run that was made."""

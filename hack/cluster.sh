@@ -192,6 +192,16 @@ create() {
     "$KUBECTL" -n local-path-storage rollout status deployment/local-path-provisioner --timeout=180s
 }
 
+# note_old_image: a running cluster is never replaced unasked, only because the tooling has changed.
+note_old_image() {
+  local image
+  image=$(docker container inspect -f '{{.Config.Image}}' "$NODE")
+  case $image in
+    "$("$HACK_DIR/node-image.sh" name)") ;;
+    cowhand/node:*) log "note: the cluster runs an older node image ($image); renew it with: $0 down && $0 up" ;;
+  esac
+}
+
 need_tools() {
   KIND=$("$HACK_DIR/tools.sh" path kind)
   KUBECTL=$("$HACK_DIR/tools.sh" path kubectl)
@@ -204,6 +214,7 @@ up() {
   lock "cluster-$CLUSTER"
   if [ "$(node_state)" != absent ]; then
     if bring_back; then
+      note_old_image
       log "the cluster $CLUSTER is up ($((SECONDS - start)) s)"
       return 0
     fi

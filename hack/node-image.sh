@@ -2,6 +2,7 @@
 # Provides the node image for kind. Called by cluster.sh.
 #
 #   hack/node-image.sh ensure   prints the image to use; nothing means kind's own default
+#   hack/node-image.sh name     prints the name of the self-built image of this tree, built or not
 #
 # Where images can be pulled, kind's default is used. Elsewhere the image is built: Kubernetes and
 # everything around it from Go modules, the system from Debian packages, kind's own base files from
@@ -190,5 +191,6 @@ case ${1:-} in
     "$HACK_DIR/engine.sh" ensure
     ensure
     ;;
-  *) die "usage: $0 ensure" ;;
+  name) image_name ;;
+  *) die "usage: $0 ensure|name" ;;
 esac

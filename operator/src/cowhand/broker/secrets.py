@@ -16,6 +16,7 @@ from cowhand.api import labels
 from cowhand.broker.policy import Refusal, check_allowed_host, secret_of
 from cowhand.kube import kinds
 from cowhand.kube.client import Kube
+from cowhand.kube.errors import Forbidden
 
 CACHE_S: Final = 60.0
 """A changed Secret is seen after at most this long."""
@@ -87,7 +88,7 @@ class ModelKeys:
             rejected: id of a credential that the endpoint refused, or empty.
 
         Raises:
-            KubeUnavailable, Forbidden: the Secret cannot be read.
+            KubeUnavailable: the API server does not answer.
         """
         base_url = str(model.get("base_url") or "")
         answer: dict[str, Any] = {
@@ -119,7 +120,15 @@ class ModelKeys:
             again = rejected == cached[1].credential_id and age >= REREAD_S
             if age < CACHE_S and not again:
                 return cached[1]
-        secret = await self._kube.get(kinds.SECRET, namespace, name)
+        try:
+            secret = await self._kube.get(kinds.SECRET, namespace, name)
+        except Forbidden:
+            self._cache.pop(place, None)
+            return Refusal(
+                "forbidden",
+                f"The broker may not read the Secret {namespace}/{name}: add its name to the chart"
+                " value model.extraSecretNames.",
+            )
         found = parse_model_key(secret, namespace, name, key)
         if isinstance(found, ModelKey):
             self._cache[place] = (now, found)

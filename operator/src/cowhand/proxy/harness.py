@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import ssl
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Final
@@ -112,6 +113,7 @@ class HarnessProxy:
         self._broker = broker
         self._limits = limits or Limits(answer_idle_s=ANSWER_IDLE_S)
         self._ca_file = ca_file
+        self._tls: ssl.SSLContext | None = None
         self._credentials = CredentialCache(self._fetch)
         self._pools: OrderedDict[tuple[Origin, str], Pool] = OrderedDict()
 
@@ -188,8 +190,9 @@ class HarnessProxy:
         key = (credential.origin, credential.credential_id)
         pool = self._pools.get(key)
         if pool is None:
-            https = credential.origin.scheme == "https"
-            tls = client_tls(self._ca_file) if https else None
+            if credential.origin.scheme == "https" and self._tls is None:
+                self._tls = client_tls(self._ca_file)
+            tls = self._tls if credential.origin.scheme == "https" else None
             pool = Pool(credential.origin, tls, limits=self._limits)
             self._pools[key] = pool
             if len(self._pools) > MAX_POOLS:

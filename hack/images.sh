@@ -185,7 +185,7 @@ load() {
   for name in "$@"; do
     ref=$(built_ref "$name")
     if [ -z "$ref" ]; then continue; fi
-    if printf '%s\n' "$there" | grep -qxF "docker.io/$ref"; then continue; fi
+    if printf '%s\n' "$there" | grep -q "/$ref\$"; then continue; fi
     image_exists "$ref" || die "the image $ref is not built" "build it with: make images"
     missing="$missing $ref"
   done

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from typing import Final
 
@@ -41,7 +42,7 @@ class Script:
     name: str
     source: str
 
-    @property
+    @cached_property
     def sha(self) -> str:
         """SHA-1 of the source, which is how the server names a script."""
         return hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()

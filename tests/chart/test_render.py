@@ -51,7 +51,7 @@ def test_there_are_not_too_many_values_and_each_has_a_comment_above_it() -> None
         if re.match(r"^ *[A-Za-z]+:", line)
         and not before.lstrip().startswith("#")
         and line.strip().split(":")[0] not in ("requests", "limits")
-        and not line.startswith("  resources: {cpu")
+        and not line.startswith("  resources: {memory")
     ]
     assert undocumented == []
 

@@ -1,0 +1,94 @@
+"""The embedded store: its configuration, and the check that it never starts empty where it had data."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+
+import pytest
+
+from chart.conftest import Json, Render, pick
+
+MANIFEST = "appendonlydir/appendonly.aof.manifest"
+MARKER = "cowhand-store-has-data"
+
+
+def scripts(render: Render) -> Json:
+    found: Json = pick(render(), "ConfigMap", "cowhand-store")["data"]
+    return found
+
+
+def run(script: str, data: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    assert "/data" in script
+    local = script.replace("/data", str(data))
+    return subprocess.run(
+        ["sh", "-c", local], capture_output=True, text=True, check=False, timeout=20
+    )
+
+
+def volume(folder: pathlib.Path, *, data: bool, marker: bool) -> pathlib.Path:
+    if data:
+        (folder / MANIFEST).parent.mkdir()
+        (folder / MANIFEST).write_text("file x\n")
+    if marker:
+        (folder / MARKER).touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("data", "marker", "starts"),
+    [
+        (False, False, True),  # a new volume
+        (True, False, True),  # killed before the marker was written
+        (True, True, True),
+        (False, True, False),  # emptied behind our back
+    ],
+)
+def test_it_refuses_to_start_empty_where_it_had_data(
+    render: Render, tmp_path: pathlib.Path, data: bool, marker: bool, starts: bool
+) -> None:
+    done = run(scripts(render)["check.sh"], volume(tmp_path, data=data, marker=marker))
+    assert (done.returncode == 0) == starts
+    if not starts:
+        assert "refusing to start empty" in done.stderr
+        assert f"delete {tmp_path}/{MARKER}" in done.stderr
+
+
+def test_the_marker_is_written_once_there_is_data(render: Render, tmp_path: pathlib.Path) -> None:
+    done = run(scripts(render)["mark.sh"], volume(tmp_path, data=True, marker=False))
+    assert done.returncode == 0
+    assert (tmp_path / MARKER).exists()
+
+
+def test_settings_that_keep_the_log(render: Render) -> None:
+    """Each of these, left out, loses acknowledged events or lets somebody in without TLS or password."""
+    lines = {
+        tuple(line.split(maxsplit=1))
+        for line in scripts(render)["valkey.conf"].splitlines()
+        if line and not line.startswith("#")
+    }
+    assert lines >= {
+        ("appendonly", "yes"),
+        ("appendfsync", "everysec"),
+        ("save", '""'),
+        ("maxmemory-policy", "noeviction"),
+        ("maxmemory", "512mb"),
+        ("port", "0"),
+        ("tls-port", "6379"),
+        ("aclfile", "/etc/cowhand/acl/users.acl"),
+        ("lua-time-limit", "500"),
+        ("stream-node-max-bytes", "4096"),
+    }
+
+
+def test_the_volume_outlives_the_release(render: Render) -> None:
+    """A claim of a template belongs to the StatefulSet's pods, not to the release: Helm never deletes it."""
+    store = pick(
+        render({"store": {"persistence": {"storageClassName": "fast"}}}),
+        "StatefulSet",
+        "cowhand-store",
+    )
+    (claim,) = store["spec"]["volumeClaimTemplates"]
+    assert claim["metadata"]["name"] == "data"
+    assert claim["spec"]["storageClassName"] == "fast"
+    assert "persistentVolumeClaimRetentionPolicy" not in store["spec"]

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 HARNESS_CONNECTIONS: Final = 2048
 """Connections of one harness process: a stream and some hand tokens for each session in work."""
 
-DRAIN_S: Final = {"harness": 20.0, "sandbox": 5.0}
+DRAIN_S: Final = {"harness": 20.0, "sandbox": 1.5}
 """How long running exchanges may go on after SIGTERM, in seconds."""
 
 _PR_SET_DUMPABLE: Final = 4

@@ -34,6 +34,10 @@ CALL_IDLE_S: Final = 3600.0
 KEYS_EVERY_S: Final = 300.0
 """The keys are fetched this often, so that a key that the broker drops is dropped here too."""
 
+POLL_S: Final = 0.05
+EAGER_S: Final = 60.0
+"""sandboxd is asked every `POLL_S` for the first `EAGER_S` seconds of a pod, then once a second."""
+
 _CALLS: Final = re.compile(r"/v1/calls/[A-Za-z0-9._~%-]{1,600}(\?wait_ms=[0-9]{1,8})?")
 _PASSED_ON: Final = (b"content-type", b"content-length", b"transfer-encoding", b"accept")
 
@@ -155,25 +159,38 @@ class SandboxProxy:
                 self._sandboxd.release(connection)
 
     async def become_ready(self, port: int, cert_sha256: str) -> None:
-        """Wait for sandboxd, fetch the keys, register; returns when calls can come.
+        """Fetch the keys, wait for sandboxd, register; returns when calls can come.
 
         Never gives up: while the broker refuses or is away the pod is not Ready, and the log says why.
         """
-        pause = 0.05
-        while not await self.sandboxd_answers():
-            await asyncio.sleep(pause)
-            pause = min(pause * 1.5, 1.0)
+        keyed = await self._fetch_keys()
+        await self._wait_for_sandboxd()
         pause = 0.2
         while True:
             try:
-                await self._ring.refresh()
-                self._admit(await self._broker.register(port, cert_sha256))
+                if keyed or await self._fetch_keys():
+                    keyed = True
+                    self._admit(await self._broker.register(port, cert_sha256))
+                    return
             except CowhandError as err:
                 log.warning("not registered yet", extra={"reason": str(err)})
-                await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311
-                pause = min(pause * 2, 10.0)
-            else:
-                return
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311
+            pause = min(pause * 2, 10.0)
+
+    async def _wait_for_sandboxd(self) -> None:
+        """A closed port on loopback answers in microseconds: ask often while the pod starts."""
+        asked = 0
+        while not await self.sandboxd_answers():
+            asked += 1
+            await asyncio.sleep(POLL_S if asked * POLL_S < EAGER_S else 1.0)
+
+    async def _fetch_keys(self) -> bool:
+        try:
+            await self._ring.refresh()
+        except CowhandError as err:
+            log.warning("keys not fetched", extra={"reason": str(err)})
+            return False
+        return True
 
     def _admit(self, answer: dict[str, Any]) -> None:
         try:
@@ -190,10 +207,7 @@ class SandboxProxy:
         """Fetch the keys now and then, for ever."""
         while True:
             await asyncio.sleep(KEYS_EVERY_S)
-            try:
-                await self._ring.refresh()
-            except CowhandError as err:
-                log.warning("keys not refreshed", extra={"reason": str(err)})
+            await self._fetch_keys()
 
     def close(self) -> None:
         """Close the kept connections."""

@@ -234,10 +234,10 @@ async def test_deletion_gives_up_on_a_dead_store_and_finishes_later(rig: Rig, ho
     await rig.kube.delete(AS, NS, "one")
     await rig.look(AS, "one")
     assert await rig.condition(AS, "one", "Ready") == ("False", "Deleting")
-    rig.later(seconds=59)
+    rig.later(seconds=50)
     await rig.look(AS, "one")
     assert await rig.kube.get(AS, NS, "one") is not None
-    rig.later(seconds=3)
+    rig.later(seconds=5)
     await rig.look(AS, "one")
     assert await rig.kube.get(AS, NS, "one") is None
     assert len(rig.orphans) == 1

@@ -169,8 +169,8 @@ def test_transition_times_move_with_the_status_only() -> None:
         (view(), 0, True, True),
         (view(state="closed"), 0, False, True),
         (Absent(), 0, False, True),
-        (Unreachable("x"), 59, False, False),
-        (Unreachable("x"), 60, False, True),
+        (Unreachable("x"), 53, False, False),
+        (Unreachable("x"), 54, False, True),
     ],
 )
 def test_the_end(log: Any, age: int, close: bool, let_go: bool) -> None:
@@ -179,7 +179,7 @@ def test_the_end(log: Any, age: int, close: bool, let_go: bool) -> None:
     assert (plan.close, plan.remove_finalizer) == (close, let_go)
     if not let_go:
         assert plan.requeue_after is not None
-        assert plan.requeue_after <= 60 - age
+        assert plan.requeue_after <= 54 - age
 
 
 def hands(state: str, instance: int = 1) -> dict[str, Any]:

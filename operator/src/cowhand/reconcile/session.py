@@ -26,8 +26,9 @@ from cowhand.reconcile.session_snapshot import (
 )
 from cowhand.reconcile.session_status import session_status, wanted_mode
 
-FINALIZER_PATIENCE: Final = timedelta(seconds=60)
-"""After so long a dead store no longer holds up the deletion of an object."""
+FINALIZER_PATIENCE: Final = timedelta(seconds=54)
+"""After so long a dead store no longer holds up the deletion of an object; the last try takes the rest of a
+minute."""
 
 STATUS_INTERVAL: Final = timedelta(seconds=30)
 """Counters alone change the status at most so often."""
@@ -158,7 +159,7 @@ def _expire(
 
 
 def _end(snap: SessionSnapshot, now: datetime) -> SessionPlan:
-    """The object is being deleted: end the log, drop the Sandboxes, let go within 60 seconds."""
+    """The object is being deleted: end the log, drop the Sandboxes, let go within a minute."""
     drop = tuple((view.name, view.uid) for view in snap.sandboxes or () if view.ours)
     if not snap.finalized:
         return SessionPlan(drop=drop)

@@ -194,6 +194,8 @@ class FakeLog:
         self._name = name
         self._last: tuple[tuple[NewEvent, ...], int] | None = None
         self.dead = asyncio.Event()
+        self.paused = asyncio.Event()
+        self.resume = asyncio.Event()
 
     @property
     def worker_id(self) -> str:
@@ -207,6 +209,9 @@ class FakeLog:
         except Killed:
             self.dead.set()
             await asyncio.Event().wait()
+        except Paused:
+            self.paused.set()
+            await self.resume.wait()
         await asyncio.sleep(0)
 
     async def beat(self) -> set[str]:
@@ -309,6 +314,10 @@ class Killed(BaseException):
     """Raised by `on_point`: this worker is dead from here on."""
 
 
+class Paused(BaseException):
+    """Raised by `on_point`: this worker stands still here until the test sets `resume`."""
+
+
 def fail(_number: int, _name: str) -> None:
     """For `on_point`: the store does not answer."""
     raise StoreUnavailable("for a test", after=0.0001)
@@ -369,12 +378,14 @@ class FakeCredentials:
 
 
 class FakeTransport:
-    """The sandboxes of a `World`, seen through their proxies."""
+    """The sandboxes of a `World`, seen through their proxies; the flags take a defence away."""
+
+    use_journal = True
+    check_epoch = True
 
     def __init__(self, world: World, log: FakeLog) -> None:
         self._world = world
         self._log = log
-        self.use_journal = True
 
     async def request(
         self,
@@ -390,9 +401,9 @@ class FakeTransport:
         sandbox = self._world.sandboxes.get(endpoint.address)
         if sandbox is None:
             raise NotSent("connection refused")
-        if int(token) < sandbox.highest:
+        if self.check_epoch and int(token) < sandbox.highest:
             return 409, {"error": {"type": "fenced", "message": "lower epoch"}}
-        sandbox.highest = int(token)
+        sandbox.highest = max(sandbox.highest, int(token))
         if method == "POST":
             assert body is not None
             call_id = body["call_id"]

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,11 @@ from typing import Any
 import aiohttp
 
 from cowhand import session
+from cowhand.hands.sandbox import SandboxSettings
+from cowhand.hands.transport import PinnedTransport, ProxyCredentials
+from cowhand.harness.model import AnthropicModel
+from cowhand.harness.run import surroundings
+from cowhand.harness.worker import Worker, WorkerSettings
 from cowhand.proxy import harness as harness_proxy
 from cowhand.proxy import sandbox as sandbox_proxy
 from cowhand.proxy.server import Server
@@ -83,7 +88,7 @@ async def start_process(
         )
 
 
-async def until(what: str, check: Callable[[], Any], seconds: float = 20.0) -> Any:
+async def until(what: str, check: Callable[[], Any], seconds: float = 90.0) -> Any:
     """The first true answer of `check`; fails with `what` after a generous while."""
     deadline = time.monotonic() + seconds
     while True:
@@ -128,6 +133,8 @@ class Stack:
     pods: dict[tuple[str, str, int], SandboxPod] = field(default_factory=dict)
     workers: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
     follows: list[asyncio.Task[None]] = field(default_factory=list)
+    local: list[asyncio.Task[None]] = field(default_factory=list)
+    closing: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
     # Sessions.
 
@@ -157,7 +164,7 @@ class Stack:
         await self.store.session_log().emit_event(session_id, event)
 
     async def settled(
-        self, session_id: str, *, turns: int = 1, seconds: float = 40.0
+        self, session_id: str, *, turns: int = 1, seconds: float = 90.0
     ) -> list[Event]:
         """The log, once the session is parked after so many turns."""
 
@@ -247,6 +254,23 @@ class Stack:
         await until("the worker is ready", ready.exists)
         return pod_uid
 
+    async def local_worker(self) -> Worker:
+        """A worker in this process: quick to start, for tests that kill nobody."""
+        model = AnthropicModel(self.proxy_url)
+        transport, credentials = PinnedTransport(), ProxyCredentials(self.proxy_url)
+        ready = asyncio.Event()
+        worker = Worker(
+            self.store.worker_log(f"pod-{uuid.uuid4().hex[:8]}"),
+            self.store.session_log(),
+            surroundings(model, transport, credentials, SandboxSettings(wait_s=30)),
+            WorkerSettings(NAMESPACE),
+            on_ready=ready.set,
+        )
+        self.local.append(asyncio.create_task(worker.run()))
+        self.closing += [model.close, transport.close, credentials.close]
+        await ready.wait()
+        return worker
+
     async def stop_worker(self, pod_uid: str) -> int:
         """SIGTERM; answers the exit code."""
         process = self.workers.pop(pod_uid)
@@ -288,9 +312,11 @@ class Stack:
         return [json.loads(item["body"]) for item in found["requests"]]
 
     async def close(self) -> None:
-        for task in self.follows:
+        for task in (*self.follows, *self.local):
             task.cancel()
-        await asyncio.gather(*self.follows, return_exceptions=True)
+        await asyncio.gather(*self.follows, *self.local, return_exceptions=True)
+        for close in self.closing:
+            await close()
         for process in self.workers.values():
             if process.returncode is None:
                 process.kill()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import json
 import random
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cowhand.errors import Fenced
 from cowhand.harness.fold import Conversation, fold
 from cowhand.harness.loop import End
 from cowhand.harness.request import prefix_sha
@@ -18,6 +21,7 @@ from support.harness_rig import (
     SID,
     FakeTransport,
     Killed,
+    Paused,
     Rig,
     World,
     fail,
@@ -158,13 +162,7 @@ async def test_killed_three_times(seed: int) -> None:
 async def test_control_without_the_journal_a_killed_worker_doubles_an_effect(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = FakeTransport.__init__
-
-    def forgetful(self: FakeTransport, *args: Any) -> None:
-        original(self, *args)
-        self.use_journal = False
-
-    monkeypatch.setattr(FakeTransport, "__init__", forgetful)
+    monkeypatch.setattr(FakeTransport, "use_journal", False)
     monkeypatch.setattr("cowhand.hands.sandbox.SandboxHand.attach", _execute_again)
     doubled = 0
     for number in range(1, (await quiet()).points + 1):
@@ -279,3 +277,50 @@ async def test_the_sandbox_dies_at_every_await() -> None:
             assert failed
             assert all("the sandbox was lost" in data["content"] for data in failed)
     assert lost > 10
+
+
+async def paused_and_taken_over(number: int, *, fenced: bool = True) -> World:
+    """A worker stands still, another finishes its session, then the first one goes on."""
+    made = world()
+
+    def on_point(at: int, _name: str) -> None:
+        if at == number:
+            raise Paused
+
+    made.on_point = on_point
+    zombie = Rig(made, script, name="w1")
+    zombie.transport.check_epoch = fenced
+    running = asyncio.create_task(zombie.run())
+    await asyncio.wait(
+        {running, asyncio.ensure_future(zombie.log.paused.wait())},
+        return_when=asyncio.FIRST_COMPLETED,
+    )
+    if not running.done():
+        assert await Rig(made, script, name="w2").run() is End.PARKED
+    before = len(made.events)
+    zombie.log.resume.set()
+    with contextlib.suppress(Fenced):
+        await running
+    assert len(made.events) == before, f"a zombie wrote, paused at {number}"
+    return made
+
+
+async def test_a_worker_that_comes_back_after_a_takeover_does_nothing() -> None:
+    for number in range(1, (await quiet()).points):
+        made = await paused_and_taken_over(number)
+        # A zombie may still repeat a request: that costs tokens, and the proxy refuses its lease.
+        made.requests.sort(key=lambda raw: len(json.loads(raw)["messages"]))
+        check(made)
+        assert sorted(made.effects()) == [f"{SID}/t{n}" for n in range(1, 7)], f"paused at {number}"
+
+
+async def test_control_without_the_hands_fence_and_journal_a_zombie_doubles_an_effect(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakeTransport, "use_journal", False)
+    monkeypatch.setattr("cowhand.hands.sandbox.SandboxHand.attach", _execute_again)
+    doubled = 0
+    for number in range(1, (await quiet()).points):
+        ran = (await paused_and_taken_over(number, fenced=False)).effects()
+        doubled += len(ran) != len(set(ran))
+    assert doubled

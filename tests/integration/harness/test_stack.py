@@ -17,6 +17,9 @@ from cowhand.session import events as ev
 from cowhand.session.events import Event, NewEvent
 from support.harness_rig import user
 from support.harness_stack import Stack, stack
+from support.store import Store
+
+pytestmark = pytest.mark.timeout(240)  # process starts, on a busy machine
 
 ACTOR = {"actor": {"user": "u"}}
 COUNT = "echo x >> counter; wc -l < counter"
@@ -112,7 +115,7 @@ async def test_a_session_runs_commands_in_its_sandbox_and_answers(here: Stack) -
 
 async def test_an_eager_sandbox_comes_before_the_first_request(here: Stack) -> None:
     await here.script("s", say("hi"))
-    await here.worker()
+    await here.local_worker()
     session_id = await here.create("[[script:s]]", provisioning="Eager")
     kinds = [event.type for event in await here.settled(session_id)]
     assert kinds.index(ev.HAND_PROVISIONED) < kinds.index(ev.MODEL_REQUEST_START)
@@ -199,35 +202,35 @@ async def test_drained_while_streaming_the_stream_ends_first(here: Stack) -> Non
     await audit(here, session_id)
 
 
-@pytest.mark.parametrize(
-    ("fault", "kind"),
-    [
-        ("429", "rate_limit_error"),
-        ("529", "overloaded_error"),
-        ("error_in_stream", "overloaded_error"),
-        ("cut", "stream_cut"),
-        ("eof", "stream_cut"),
-    ],
-)
-async def test_a_fault_of_the_model_is_tried_again(here: Stack, fault: str, kind: str) -> None:
-    await here.script("s", say("hello there", fault={"kind": fault, "times": 1}))
-    await here.worker()
+async def test_faults_of_the_model_are_tried_again_with_the_same_bytes(here: Stack) -> None:
+    faults = {
+        "429": "rate_limit_error",
+        "529": "overloaded_error",
+        "error_in_stream": "overloaded_error",
+        "cut": "stream_cut",
+        "eof": "stream_cut",
+    }
+    turns = [bash("true", fault={"kind": kind, "times": 1}) for kind in faults]
+    await here.script("s", *turns, say("hello there"))
+    await here.local_worker()
     session_id = await here.create("[[script:s]]")
     events = await here.settled(session_id)
     ends = [event.data for event in events if event.type == ev.MODEL_REQUEST_END]
-    assert [end["outcome"] for end in ends] == ["error", "ok"]
-    assert ends[0]["error"]["type"] == kind
+    assert [end["outcome"] for end in ends] == ["error", "ok"] * 5 + ["ok"]
+    assert [end["error"]["type"] for end in ends[::2][:5]] == list(faults.values())
+    assert ends[0]["error"]["retry_after_s"] == 1
     errors = [event.data["error"] for event in events if event.type == ev.SESSION_ERROR]
-    assert [error["retry_status"]["type"] for error in errors] == ["retrying"]
+    assert [error["retry_status"]["type"] for error in errors] == ["retrying"] * 5
     sent = await here.requests(session_id)
-    assert json.dumps(sent[0]) == json.dumps(sent[1])
+    for first, second in zip(sent[:10:2], sent[1:10:2], strict=True):
+        assert json.dumps(first) == json.dumps(second)
     assert answer(events) == "hello there"
     await audit(here, session_id)
 
 
 async def test_a_refusal_ends_the_turn_and_leaves_the_prompt(here: Stack) -> None:
     await here.script("s", say("hello", fault={"kind": "refusal", "times": 1}))
-    await here.worker()
+    await here.local_worker()
     session_id = await here.create("[[script:s]]")
     events = await here.settled(session_id)
     assert events[-1].data["stop_reason"] == {"type": "refusal"}
@@ -241,7 +244,7 @@ async def test_a_refusal_ends_the_turn_and_leaves_the_prompt(here: Stack) -> Non
 async def test_an_interrupt_stops_at_once(here: Stack, where: str) -> None:
     gate = {"gate_mid": "g"} if where == "stream" else {}
     await here.script("s", bash(SLOW, **gate), say("instead"))
-    await here.worker()
+    await here.local_worker()
     session_id = await here.create("[[script:s]]")
     if where == "stream":
         await here.at_gate("g")
@@ -261,7 +264,7 @@ async def test_an_interrupt_stops_at_once(here: Stack, where: str) -> None:
 
 async def test_a_lost_sandbox_is_a_tool_error_and_the_next_call_gets_a_new_one(here: Stack) -> None:
     await here.script("s", bash(SLOW), bash(COUNT), say("{{result:0}} then {{result:-1}}"))
-    await here.worker()
+    await here.local_worker()
     session_id = await here.create("[[script:s]]")
     await here.reaches(session_id, ev.HAND_PROVISIONED)
     await _exists(here.pods[session_id, "main", 1].workdir / "begun")
@@ -278,7 +281,7 @@ async def test_a_lost_sandbox_is_a_tool_error_and_the_next_call_gets_a_new_one(h
 
 async def test_a_call_that_asks_waits_for_a_person_without_a_worker(here: Stack) -> None:
     await here.script("s", bash(COUNT), say("{{result:-1}}"))
-    await here.worker()
+    await here.local_worker()
     session_id = await here.create("[[script:s]]", permissions={"bash": "Ask"})
     await here.reaches(session_id, ev.STATUS_IDLE)
     (pending,) = await here.of(session_id, ev.TOOL_PENDING)
@@ -291,7 +294,7 @@ async def test_a_call_that_asks_waits_for_a_person_without_a_worker(here: Stack)
 
 async def test_suspended_and_resumed(here: Stack) -> None:
     await here.script("s", bash(COUNT, gate_mid="g"), say("{{result:-1}}"))
-    await here.worker()
+    await here.local_worker()
     session_id = await here.create("[[script:s]]")
     await here.at_gate("g")
     control = here.store.control_log()
@@ -352,3 +355,26 @@ async def in_process(here: Stack, session_id: str) -> None:
         await model.close()
         await transport.close()
         await credentials.close()
+
+
+async def test_the_store_restarts_in_mid_tool(tmp_path: Path) -> None:
+    server = Store().start()
+    try:
+        async with stack(server.url, tmp_path) as here:
+            await here.script("s", bash(SLOW), bash(COUNT), say("{{result:-1}}"))
+            await here.local_worker()
+            session_id = await here.create("[[script:s]]")
+            await here.reaches(session_id, ev.HAND_PROVISIONED)
+            workdir = here.pods[session_id, "main", 1].workdir
+            await _exists(workdir / "begun")
+            server.kill()
+            (workdir / "go").touch()
+            await _exists(workdir / "counter")
+            server.start()
+            events = await here.settled(session_id)
+            assert (workdir / "begun").read_text() == "begun\n"
+            assert await counted(here, session_id) == "x\nx\n"
+            assert answer(events).strip() == "2"
+            await audit(here, session_id)
+    finally:
+        server.stop()

@@ -188,21 +188,37 @@ async def test_a_token_is_asked_for_once_per_lease_and_sandbox(
     assert await credentials.token("s", "1:w:n", "other") == "t3"
     assert await credentials.token("s", "1:w:n", "sbx", fresh=True) == "t4"
     assert await credentials.token("s", "1:w:n", "sbx") == "t4"
-    credentials.forget("1:w:n")
-    assert await credentials.token("s", "1:w:n", "sbx") == "t5"
 
 
 async def test_a_token_is_renewed_ahead_of_its_end(
     proxy: tuple[Proxy, ProxyCredentials], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, credentials = proxy
+    made, credentials = proxy
     now = time.monotonic()
     monkeypatch.setattr("cowhand.hands.transport.time.monotonic", lambda: now)
     assert await credentials.token("s", "l", "sbx") == "t1"
     now += 149
     assert await credentials.token("s", "l", "sbx") == "t1"
     now += 2
+    assert await credentials.token("s", "l", "sbx") == "t1", (
+        "the call does not wait for the new one"
+    )
+    await asyncio.gather(*credentials._renewals.values())
     assert await credentials.token("s", "l", "sbx") == "t2"
+    now += 290
+    assert await credentials.token("s", "l", "sbx") == "t3", "too old to be used at all"
+    assert len(made.asked) == 3
+
+
+async def test_old_tokens_are_thrown_out(
+    proxy: tuple[Proxy, ProxyCredentials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cowhand.hands.transport.MAX_TOKENS", 3)
+    made, credentials = proxy
+    made.life = 0
+    for number in range(10):
+        await credentials.token("s", f"{number}:w:n", "sbx")
+    assert len(credentials._tokens) <= 3
 
 
 @pytest.mark.parametrize(

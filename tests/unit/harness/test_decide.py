@@ -323,6 +323,14 @@ def test_a_prefix_that_cannot_be_rebuilt_stops_the_session() -> None:
     assert log.do().step() == Park()
 
 
+def test_control_without_the_prefix_check_the_session_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Conversation, "prefix_matches", lambda self: True)
+    with pytest.raises(AssertionError, match="SendRequest"):
+        test_a_prefix_that_cannot_be_rebuilt_stops_the_session()
+
+
 # Tools.
 
 

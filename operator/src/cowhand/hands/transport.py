@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,9 +21,17 @@ from yarl import URL
 from cowhand.errors import BrokerUnavailable, Denied, HandUnavailable
 from cowhand.wire.keys import PublicKeys, load_keys
 
+log = logging.getLogger(__name__)
+
 CONNECT_TIMEOUT_S: Final = 5.0
-REFRESH_SHARE: Final = 0.5
-"""A hand token is renewed after this share of its life."""
+RENEW_SHARE: Final = 0.5
+"""A hand token is renewed in the background after this share of its life."""
+
+USE_SHARE: Final = 0.85
+"""A hand token is not used any more after this share of its life."""
+
+MAX_TOKENS: Final = 1024
+"""Tokens in memory before the old ones are thrown out."""
 
 
 class Untrusted(HandUnavailable):
@@ -47,10 +56,11 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Token:
-    """A hand token and when to renew it (monotonic clock, seconds)."""
+    """A hand token, when to renew it and until when to use it (monotonic clock, seconds)."""
 
     value: str
     renew_at: float
+    use_until: float
 
 
 class Transport(Protocol):
@@ -175,8 +185,9 @@ class ProxyCredentials:
         self._base = base_url.rstrip("/")
         self._session: aiohttp.ClientSession | None = None
         self._keys: PublicKeys | None = None
-        self._tokens: dict[tuple[str, str], Token] = {}
-        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+        self._tokens: dict[tuple[str, str, str], Token] = {}
+        self._locks: dict[tuple[str, str, str], asyncio.Lock] = {}
+        self._renewals: dict[tuple[str, str, str], asyncio.Task[None]] = {}
 
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         if self._session is None or self._session.closed:
@@ -200,27 +211,41 @@ class ProxyCredentials:
     async def token(
         self, session_id: str, lease: str, sandbox_uid: str, *, fresh: bool = False
     ) -> str:
-        """See `Credentials`."""
-        key = (lease, sandbox_uid)
-        lock = self._locks.setdefault(key, asyncio.Lock())
-        asked = time.monotonic()
-        async with lock:
-            known = self._tokens.get(key)
-            now = time.monotonic()
-            if known is not None and now < known.renew_at and not fresh:
-                return known.value
-            body = {"session_id": session_id, "lease": lease, "sandbox_uid": sandbox_uid}
-            answer = await self._call("POST", "/cowhand/hand-token", body)
-            life = float(answer["expires_in_s"])
-            token = Token(str(answer["token"]), asked + life * REFRESH_SHARE)
-            self._tokens[key] = token
-            return token.value
+        """See `Credentials`; a renewal in the background costs the call nothing."""
+        key = (session_id, lease, sandbox_uid)
+        known = self._tokens.get(key)
+        now = time.monotonic()
+        if fresh or known is None or now >= known.use_until:
+            # Whoever asked for the same token while it was fetched shares it.
+            async with self._locks.setdefault(key, asyncio.Lock()):
+                newest = self._tokens.get(key)
+                if newest is None or newest is known:
+                    newest = await self._fetch(key)
+                return newest.value
+        if now >= known.renew_at and key not in self._renewals:
+            self._renewals[key] = asyncio.create_task(self._renew(key))
+        return known.value
 
-    def forget(self, lease: str) -> None:
-        """Drop the tokens of a lease that was given back."""
-        for key in [key for key in self._tokens if key[0] == lease]:
-            self._tokens.pop(key, None)
-            self._locks.pop(key, None)
+    async def _renew(self, key: tuple[str, str, str]) -> None:
+        try:
+            await self._fetch(key)
+        except (BrokerUnavailable, Denied) as err:
+            log.info("hand token not renewed yet: %s", err)
+        finally:
+            self._renewals.pop(key, None)
+
+    async def _fetch(self, key: tuple[str, str, str]) -> Token:
+        asked = time.monotonic()
+        session_id, lease, sandbox_uid = key
+        body = {"session_id": session_id, "lease": lease, "sandbox_uid": sandbox_uid}
+        answer = await self._call("POST", "/cowhand/hand-token", body)
+        life = float(answer["expires_in_s"])
+        token = Token(str(answer["token"]), asked + life * RENEW_SHARE, asked + life * USE_SHARE)
+        if len(self._tokens) >= MAX_TOKENS:
+            self._tokens = {k: t for k, t in self._tokens.items() if asked < t.use_until}
+            self._locks = {k: lock for k, lock in self._locks.items() if k in self._tokens}
+        self._tokens[key] = token
+        return token
 
     async def keys(self, *, fresh: bool = False) -> PublicKeys:
         """See `Credentials`."""
@@ -230,5 +255,7 @@ class ProxyCredentials:
 
     async def close(self) -> None:
         """Close the connection."""
+        for task in list(self._renewals.values()):
+            task.cancel()
         if self._session is not None:
             await self._session.close()

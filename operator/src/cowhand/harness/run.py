@@ -64,6 +64,7 @@ async def run(settings: HarnessSettings, *, ready_file: str = READY_FILE) -> Non
     Raises:
         StoreMismatch, Denied: the store is not the one we started with, or refuses us.
     """
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # one line for each request
     model = AnthropicModel(settings.proxy_url)
     transport, credentials = PinnedTransport(), ProxyCredentials(settings.proxy_url)
     limits = SandboxSettings(wait_s=settings.hand_wait_s, max_output=settings.max_tool_output)

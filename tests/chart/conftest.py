@@ -60,6 +60,31 @@ def helm_text() -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
+def helm_lint() -> Callable[[Json], subprocess.CompletedProcess[str]]:
+    """`helm_lint(values)`: the finished process."""
+    binary = _helm()
+    if binary is None:
+        pytest.skip(
+            "helm is neither installed nor can it be fetched or built (hack/tools.sh path helm)"
+        )
+
+    def lint(values: Json) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                *(binary, "lint", "--strict", str(CHART), "--namespace", NS),
+                *("--kube-version", "1.34.0", "-f", "-"),
+            ],
+            input=json.dumps(values),
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"HOME": "/nonexistent", "PATH": "/usr/bin:/bin"},
+        )
+
+    return lint
+
+
+@pytest.fixture(scope="session")
 def render(helm_text: Callable[..., str]) -> Render:
     """`render(values, namespace)`: the rendered objects."""
 

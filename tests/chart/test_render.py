@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,15 @@ def test_schema_and_values_know_the_same_names() -> None:
 def test_wrong_values_are_refused_by_name(render: Render, values: Json, text: str) -> None:
     with pytest.raises(Refused, match=re.escape(text)):
         render(values)
+
+
+@pytest.mark.parametrize("values", [{}, EXTERNAL], ids=["defaults", "external"])
+def test_helm_lint_has_nothing_to_say(
+    helm_lint: Callable[[Json], subprocess.CompletedProcess[str]], values: Json
+) -> None:
+    done = helm_lint(values)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[WARNING]" not in done.stdout
 
 
 @pytest.mark.parametrize("values", ALL_VALUES, ids=range(len(ALL_VALUES)))
@@ -291,6 +301,16 @@ def test_a_new_tenant_restarts_the_store_and_the_order_of_tenants_does_not(rende
 
     assert mark("a", "b") == mark("b", "a")
     assert mark("a") != mark("a", "b")
+
+
+def test_a_changed_configuration_restarts_the_store(render: Render) -> None:
+    def mark(memory: str) -> str:
+        store = pick(render({"store": {"maxMemory": memory}}), "StatefulSet", "cowhand-store")
+        found: str = store["spec"]["template"]["metadata"]["annotations"]["checksum/files"]
+        return found
+
+    assert mark("512mb") == mark("512mb")
+    assert mark("512mb") != mark("1gb")
 
 
 def test_an_external_store_leaves_nothing_of_the_embedded_one(render: Render) -> None:

@@ -9,9 +9,10 @@ from cowhand.api.v1alpha1 import EnvironmentSpec
 from cowhand.controller.freeze import FreezeDefaults
 from cowhand.controller.logs import Logs
 from cowhand.controller.operator import Operator
+from cowhand.controller.orphans import Orphans
 from cowhand.controller.sandboxes import SandboxConfig, SandboxController
 from cowhand.controller.scaling import Scaler
-from cowhand.controller.sessions import Orphans, SessionController
+from cowhand.controller.sessions import SessionController
 from cowhand.desired.sandbox_pod import PodConfig
 from cowhand.kube import kinds
 from cowhand.kube.client import Kube

@@ -16,8 +16,9 @@ from typing import Final
 
 from cowhand.api import labels
 from cowhand.controller.logs import Logs
+from cowhand.controller.orphans import Orphans
 from cowhand.controller.sandboxes import SandboxController
-from cowhand.controller.sessions import Orphans, SessionController
+from cowhand.controller.sessions import SessionController
 from cowhand.controller.workqueue import WorkQueue
 from cowhand.desired import names
 from cowhand.errors import CowhandError, SessionNotFound, StoreUnavailable

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from cowhand.errors import Fenced, SessionClosed, SessionNotFound, StoreUnavailable
+from cowhand.errors import Fenced, SessionClosed, SessionNotFound, StoreUnavailable, UserError
 from cowhand.hands.sandbox import SandboxSettings
 from cowhand.hands.toolset import ALL_TOOLS, request_base
 from cowhand.hands.transport import Broken, Endpoint, NotSent
@@ -245,6 +245,8 @@ class FakeLog:
         if world.lease != lease.value:
             world.fenced_appends += 1
             raise Fenced("taken over")
+        if any(len(event.payload()) > ev.INLINE_LIMIT for event in batch):
+            raise UserError("payload over the limit")
         if any(event.type == ev.SESSION_DELETED for event in world.events):
             raise SessionClosed("deleted")
         if self._last is not None and self._last[0] == batch:

@@ -1,0 +1,137 @@
+"""What a session cannot do: too large, too new, deleted, without a sandbox; and what it says then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cowhand.errors import SessionClosed
+from cowhand.harness.decide import MAX_ATTEMPTS
+from cowhand.harness.loop import End
+from cowhand.harness.stream import ModelError
+from cowhand.session import events as ev
+from cowhand.session.events import NewEvent
+from support.harness_rig import Rig, World, message, text, tool_use, user, world
+
+ACTOR = {"actor": {"user": "u"}}
+
+
+async def run(made: World, script: Any) -> World:
+    assert await Rig(made, script, name=f"w{len(made.events)}").run() is End.PARKED
+    return made
+
+
+async def test_a_response_that_the_log_cannot_hold_ends_the_turn_with_a_reason() -> None:
+    made = await run(world(), lambda request: message(text("x" * ev.INLINE_LIMIT)))
+    (error,) = made.data(ev.SESSION_ERROR)
+    assert error["error"]["type"] == "response_too_large"
+    assert error["error"]["retry_status"] == {"type": "terminal"}
+    assert made.data(ev.STATUS_IDLE)[-1]["stop_reason"] == {"type": "retries_exhausted"}
+    assert len(made.requests) == 1
+    made.emit(user("shorter", "m2"))
+    await run(made, lambda request: message(text("ok")))
+    assert made.data(ev.STATUS_IDLE)[-1]["stop_reason"] == {"type": "end_turn"}
+
+
+async def test_output_of_any_size_and_kind_fits_the_log() -> None:
+    def script(request: dict[str, Any]) -> dict[str, Any]:
+        used = len(request["messages"]) > 1
+        return message(text("ok")) if used else message(tool_use("t"), stop_reason="tool_use")
+
+    made = world()
+    provision = made.provision
+
+    def noisy(hand: str, instance: int) -> None:
+        provision(hand, instance)
+        for sandbox in made.sandboxes.values():
+            sandbox.run = lambda name, data: "\x00\ud800é😀" * 100_000
+
+    made.provision = noisy  # type: ignore[method-assign]
+    await run(made, script)
+    (result,) = made.data(ev.TOOL_RESULT)
+    assert "characters left out" in result["content"]
+    assert made.data(ev.STATUS_IDLE)[-1]["stop_reason"] == {"type": "end_turn"}
+
+
+async def test_retries_are_counted_over_workers_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cowhand.harness.decide.BACKOFF_BASE_S", 0.0001)
+    made = await run(world(), lambda request: ModelError("overloaded_error", "busy", status=529))
+    assert len(made.requests) == MAX_ATTEMPTS
+    assert len(set(made.requests)) == 1, "the same bytes each time"
+    retries = [data["error"]["retry_status"]["type"] for data in made.data(ev.SESSION_ERROR)]
+    assert retries == ["retrying"] * (MAX_ATTEMPTS - 1) + ["exhausted"]
+    assert made.data(ev.MODEL_REQUEST_END)[0]["error"]["status"] == 529
+
+
+async def test_a_log_of_a_newer_release_is_refused_and_kept() -> None:
+    made = world(assembler=2)
+    made.emit(user("more", "m2"))
+    before = list(made.events)
+    await run(made, lambda request: message(text("never")))
+    assert made.requests == []
+    assert made.events[: len(before)] == before
+    (error,) = made.data(ev.SESSION_ERROR)
+    assert error["error"]["type"] == "needs_upgrade"
+    assert made.lease == ""
+
+
+async def test_a_deleted_session_stops_at_once() -> None:
+    made = world()
+
+    def script(request: dict[str, Any]) -> dict[str, Any]:
+        made.emit(NewEvent(ev.SESSION_DELETED, ACTOR, id="d"))
+        return message(tool_use("t"), stop_reason="tool_use")
+
+    with pytest.raises(SessionClosed):
+        await Rig(made, script).run()
+    assert made.types()[-1] == ev.SESSION_DELETED
+    assert made.effects() == []
+
+
+@pytest.mark.parametrize("state", ["Failed", "Pending"])
+async def test_without_a_sandbox_claude_reads_why(state: Any) -> None:
+    seen: list[str] = []
+
+    def script(request: dict[str, Any]) -> dict[str, Any]:
+        last = request["messages"][-1]["content"][-1]
+        if last["type"] == "tool_result":
+            seen.append(last["content"])
+            return message(text("I cannot"))
+        return message(tool_use("t"), stop_reason="tool_use")
+
+    made = world()
+    made.hand_state = state
+    await run(made, script)
+    assert "for a test" in seen[0]
+    assert made.data(ev.STATUS_IDLE)[-1]["stop_reason"] == {"type": "end_turn"}
+
+
+async def test_an_eager_sandbox_that_fails_does_not_stop_the_answer() -> None:
+    made = world(provisioning="Eager")
+    made.hand_state = "Failed"
+    await run(made, lambda request: message(text("hi")))
+    kinds = made.types()
+    assert kinds.index(ev.HAND_REQUESTED) < kinds.index(ev.MODEL_REQUEST_START)
+    assert made.data(ev.STATUS_IDLE)[-1]["stop_reason"] == {"type": "end_turn"}
+
+
+async def test_visible_text_is_previewed_and_never_logged() -> None:
+    # The stream is the model client's; here only that the hook gets what the client hands on.
+    made, heard = world(), []
+    rig = Rig(made, lambda request: message(text("hello")))
+    from dataclasses import replace
+
+    inner = rig.around.model
+
+    class Talking:
+        async def stream(self, body: bytes, *, on_text: Any, **more: Any) -> Any:
+            on_text("hel")
+            on_text("lo")
+            return await inner.stream(body, on_text=on_text, **more)
+
+    rig.around = replace(
+        rig.around, model=Talking(), preview=lambda session, piece: heard.append((session, piece))
+    )
+    assert await rig.run() is End.PARKED
+    assert [piece for _, piece in heard] == ["hel", "lo"]

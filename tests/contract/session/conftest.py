@@ -8,10 +8,18 @@ from dataclasses import dataclass
 import pytest
 
 from cowhand.session import connect
+from cowhand.session import worker as worker_module
 from cowhand.session.log import ControlLog, SessionLog, StoreConfig, WorkerLog
 from cowhand.session.store import Store
 
 NAMESPACE = "team-a"
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine must not look like a dead worker; tests that want one make it."""
+    monkeypatch.setattr(worker_module, "BEAT_TTL_MS", 600_000)
+    monkeypatch.setattr(worker_module, "ORPHAN_MS", 600_000)
 
 
 @dataclass

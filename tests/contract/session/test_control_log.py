@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 
 from cowhand.errors import SessionClosed, SessionNotFound, UserError
+from cowhand.session import scripts as lua
 from cowhand.session.events import NewEvent
-from cowhand.session.log import Backlog, HandRecord, Held
+from cowhand.session.log import Backlog, HandRecord, Held, StoreConfig
+from cowhand.session.store import Store
 from support import sessions as make
 
 RECORD = HandRecord(
@@ -145,6 +147,30 @@ async def test_the_sweep_trims_what_was_claimed(log_roles):
     ]
     assert sum(left) <= len(sids) - 30 + 16, "read entries are gone but the last of each partition"
     assert (await log_roles.control.backlog("team-a")).ready == 10
+
+
+@pytest.mark.parametrize("defended", [True, False])
+async def test_trimming_keeps_what_was_read_but_not_claimed(store_url, defended):
+    scripts = lua.load()
+    if not defended:  # Control: without the look at pending entries they are lost.
+        line = "local low = pending[1] > 0 and pending[2] or nil\n"
+        source = scripts["trim"].source
+        assert line in source
+        scripts["trim"] = lua.Script("trim", source.replace(line, "local low = nil\n"))
+    async with Store(StoreConfig(store_url, partitions=1), "team-a", scripts) as store:
+        worker = store.worker_log("pod-1")
+        await worker.beat()
+        sids = [await make.start(store.session_log()) for _ in range(5)]
+        work = worker.work()
+        assert [await anext(work) for _ in sids] == sids
+        await work.aclose()
+        await worker.sweep()
+        await worker.retire()  # Gives back what is still there.
+        ready = store.keys().base(0) + "rdy"
+        again = await store.reads.call(
+            *("XREADGROUP", "GROUP", "h", "pod-2", "COUNT", 10, "STREAMS", ready, ">")
+        )
+        assert len(again[0][1]) == (5 if defended else 1)
 
 
 async def test_the_audit_heals_a_lost_ready_entry(log_roles):

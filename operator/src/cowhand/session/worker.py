@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-BEAT_TTL_MS: Final = 10_000
+BEAT_TTL_MS = 10_000
 """A worker that has not beaten for so long is dead."""
 
 PROGRESS_MS: Final = 20 * 60 * 1000

@@ -100,7 +100,7 @@ class Bench:
     def first_arrival(self, session: e2e.Session) -> float:
         """Time of arrival of the first model request, ms since the epoch (same machine, same clock)."""
         found = self.rig.model.requests(session.id)
-        arrived: float = found[0]["arrived_ms"]
+        arrived: float = found[0]["received_at"] * 1000
         return arrived
 
     def apply_to_request(self, samples: int = 20) -> None:
@@ -203,7 +203,7 @@ class Bench:
                     return found if len(found) > 1 else None
 
                 requests = e2e.eventually("the next model request", second)
-                took.append(requests[1]["arrived_ms"] - killed)
+                took.append(requests[1]["received_at"] * 1000 - killed)
                 self.rig.model.release(gate)
                 session.wait_turn()
             self.wait_harness()

@@ -165,10 +165,11 @@ def summary(demo: Demo, session: str, log: list[Json]) -> None:
         print(f"   {paint('1', name.ljust(24))}{value}", flush=True)
 
 
-def configmap(demo: Demo, variant: pathlib.Path, name: str) -> None:
+def configmap(demo: Demo, variant: str, name: str) -> None:
     """The sample repository with one of its bugs, as a ConfigMap."""
-    script = EXAMPLE / "make-configmap.sh"
-    manifest = output(str(script), variant.name, name, env={**demo.env})
+    env = {**demo.env, "KUBECTL": demo.kubectl_path}
+    manifest = output(str(EXAMPLE / "configmap.sh"), variant, env=env)
+    manifest = manifest.replace("name: fix-the-tests-repo", f"name: {name}")
     demo.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=manifest)
 
 
@@ -189,14 +190,14 @@ def apply_session(demo: Demo, session: str, repository: str, message: str | None
 
 COUNT = (
     "First append one line with the text `step` to /workspace/progress with bash and show how many lines the file has; "
-    "then, in another call, run `sleep 5`; then answer with the number of lines. [[script:demo-kill]]"
+    "then, in another call, run `sleep 6`; then answer with the number of lines. [[script:slow-steps]]"
 )
 
 
 def fix_the_tests(demo: Demo, stamp: str) -> None:
-    variant = random.choice(sorted(p for p in (EXAMPLE / "variants").iterdir() if p.is_dir()))
+    variant = random.choice(sorted(path.stem for path in (EXAMPLE / "variants").glob("*.py")))
     session = f"fix-the-tests-{stamp}"
-    title(f"1. A session that fixes failing tests (bug drawn at random: {variant.name})")
+    title(f"1. A session that fixes failing tests (bug drawn at random: {variant})")
     configmap(demo, variant, f"fix-the-tests-repo-{stamp}")
     for name in ("agent.yaml", "environment.yaml"):
         demo.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(EXAMPLE / name))
@@ -221,11 +222,6 @@ def fix_the_tests(demo: Demo, stamp: str) -> None:
 def kills(demo: Demo, stamp: str) -> None:
     session = f"unkillable-{stamp}"
     title("2. The point of it all: the harness is killed in mid-turn, and then the sandbox")
-    configmap(
-        demo,
-        min(p for p in (EXAMPLE / "variants").iterdir() if p.is_dir()),
-        f"fix-the-tests-repo-{stamp}",
-    )
     apply_session(demo, session, f"fix-the-tests-repo-{stamp}", COUNT)
     wait_for(
         "the session's id",
@@ -252,7 +248,7 @@ def kills(demo: Demo, stamp: str) -> None:
         ]
         wait_for("the end of the first turn", lambda: idle(1))
         demo.cowhand("send", session, "The same again, please.").wait(timeout=60)
-        wait_for("a call of the second turn", lambda: started(3))
+        wait_for("a call of the second turn", lambda: started(4))
         identity = demo.get("agentsession", session)["status"]["sessionID"]
         sandbox = demo.items("pods", f"cowhand.dev/session-id={identity}")[-1]
         print(

@@ -70,9 +70,20 @@ values() {
   if [ -f "$ROOT_DIR/hack/dev-values.yaml" ]; then cat "$ROOT_DIR/hack/dev-values.yaml"; fi
 }
 
+# CRDs that were applied by hand (kubectl apply -f crds/) become the release's, as Helm asks for it.
+adopt_crds() {
+  local crd
+  for crd in $("${KUBECTL[@]}" get crd -o name | grep '\.cowhand\.dev$' || true); do
+    "${KUBECTL[@]}" label "$crd" --overwrite app.kubernetes.io/managed-by=Helm >/dev/null
+    "${KUBECTL[@]}" annotate "$crd" --overwrite meta.helm.sh/release-name=cowhand \
+      "meta.helm.sh/release-namespace=$RELEASE_NS" >/dev/null
+  done
+}
+
 up() {
   local file="$CACHE/dev-values-$CLUSTER.yaml"
   namespaces
+  adopt_crds
   model
   values >"$file"
   step "helm install cowhand" "${HELM[@]}" upgrade --install cowhand "$ROOT_DIR/charts/cowhand" \

@@ -7,6 +7,7 @@ runtime of the kind node (a real SIGKILL of a container's processes).
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import itertools
 import json
@@ -174,6 +175,9 @@ class ModelServer:
 
     def __init__(self, cluster: Cluster) -> None:
         self._forward = Forward(cluster, SYSTEM, "svc/cowhand-model-server", 8080)
+        secret = cluster.get("secret", "cowhand-model-server", SYSTEM)
+        assert secret is not None, "the scripted model server is not installed"
+        self._key = base64.b64decode(secret["data"]["api-key"]).decode()
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
         def once() -> Any:
@@ -181,7 +185,7 @@ class ModelServer:
                 f"http://127.0.0.1:{self._forward.port()}{path}",
                 method=method,
                 data=None if body is None else json.dumps(body).encode(),
-                headers={"content-type": "application/json"},
+                headers={"content-type": "application/json", "x-api-key": self._key},
             )
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:

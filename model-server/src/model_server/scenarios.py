@@ -34,11 +34,30 @@ def counter(talk: Conversation) -> Turn:
     return say(talk.calls[-1]["result"].strip() if talk.calls else "0")
 
 
+STEP = "echo step >> /workspace/progress; wc -l < /workspace/progress"
+REST = "sleep 6; echo rested"
+
+
+def slow_steps(talk: Conversation) -> Turn:
+    """Adds a line to /workspace/progress, then sleeps in another call, then answers with the number of lines.
+
+    A call that failed (its sandbox was lost) is said so, and made again: the demo kills things meanwhile.
+    """
+    done = {call["input"].get("command"): call for call in talk.calls if not call["is_error"]}
+    failed = bool(talk.calls) and talk.calls[-1]["is_error"]
+    text = [{"type": "text", "text": "That call failed; I try again."}] if failed else []
+    for command in (STEP, REST):
+        if command not in done:
+            use = {"type": "tool_use", "name": "bash", "input": {"command": command}}
+            return Turn([*text, use])
+    return say(f"/workspace/progress has {done[STEP]['result'].strip()} line(s).")
+
+
 def guess(talk: Conversation) -> Turn:
     """Refuses to guess."""
     return say(
         "I am the scripted model server, not Claude: there is no model behind me, and I do not guess. I know the"
-        " scenarios fix-the-tests, echo and counter, and scripts that tests have put here. Begin a message with"
+        " scenarios fix-the-tests, echo, counter and slow-steps, and scripts that tests have put here. Begin a message with"
         " [[script:echo]] to choose one, or give Cowhand an Anthropic API key to talk to Claude."
     )
 
@@ -47,6 +66,7 @@ BUILT_IN: Mapping[str, Scenario] = {
     "fix-the-tests": fix_the_tests,
     "echo": echo,
     "counter": counter,
+    "slow-steps": slow_steps,
 }
 
 

@@ -163,6 +163,7 @@ def _init_containers(
     verify = {
         **_ours(VERIFY, "egress-verify", config),
         "securityContext": _restricted(labels.UID_SANDBOX),
+        "env": [{"name": "COWHAND_BROKER_URL", "value": config.broker_url}],
     }
     found = [rules, _proxy(config), verify]
     if sandbox.spec.resources:

@@ -279,6 +279,25 @@ async def test_the_sandbox_dies_at_every_await() -> None:
     assert lost > 10
 
 
+async def test_worker_and_sandbox_die_together_and_claude_learns_that_the_call_may_have_run() -> (
+    None
+):
+    made = world()
+
+    def on_point(_number: int, name: str) -> None:
+        if name == "w1:POST ran":
+            raise Killed
+
+    made.on_point = on_point
+    assert await Rig(made, script).run() is None
+    made.lose()
+    assert await Rig(made, script, name="w2").run() is End.PARKED
+    check(made)
+    first = made.data(ev.TOOL_RESULT)[0]
+    assert (first["tool_use_id"], first["is_error"]) == ("t1", True)
+    assert "may have partly executed" in first["content"]
+
+
 async def paused_and_taken_over(number: int, *, fenced: bool = True) -> World:
     """A worker stands still, another finishes its session, then the first one goes on."""
     made = world()

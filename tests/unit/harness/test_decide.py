@@ -171,6 +171,19 @@ def test_a_message_after_the_horizon_waits_for_the_next_request() -> None:
     assert isinstance(log.step(), SendRequest), "the second message still wants an answer"
 
 
+def test_a_message_between_the_decision_and_the_request_is_not_part_of_it() -> None:
+    log = Log().say("one")
+    conversation = log.fold()
+    prompt = conversation.prompt(conversation.last_seq)
+    sha = prefix_sha(conversation.base, SID, 1000, prompt)
+    log.say("two")
+    data = {"n": 1, "attempt": 1, "horizon": 2, "prefix_sha": sha, "n_messages": 1}
+    log.put(NewEvent(ev.MODEL_REQUEST_START, data))
+    assert log.fold().prefix_matches()
+    assert log.fold().messages == prompt
+    assert [item.seq for item in log.fold().queued] == [3]
+
+
 def test_an_open_request_of_a_dead_worker_is_lost_and_sent_again_with_the_same_bytes() -> None:
     log = Log().say().start().wake()
     assert appended(log.step()) == [(ev.MODEL_REQUEST_END, "lost")]

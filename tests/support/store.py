@@ -19,8 +19,8 @@ NAMES = ("valkey-server", "redis-server")
 
 def cache_bin() -> Path:
     """The folder where `hack/` keeps binaries."""
-    base = os.environ.get("COWHAND_CACHE") or os.path.join(  # noqa: TID251
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),  # noqa: TID251
+    base = os.environ.get("COWHAND_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
         "cowhand",
     )
     return Path(base) / "bin"

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cowhand.errors import SessionClosed, SessionNotFound, UserError
+from cowhand.session import connect
 from cowhand.session import scripts as lua
 from cowhand.session.events import NewEvent
 from cowhand.session.log import Backlog, HandRecord, Held, StoreConfig
@@ -171,6 +172,21 @@ async def test_trimming_keeps_what_was_read_but_not_claimed(store_url, defended)
             *("XREADGROUP", "GROUP", "h", "pod-2", "COUNT", 10, "STREAMS", ready, ">")
         )
         assert len(again[0][1]) == (5 if defended else 1)
+
+
+async def test_the_lag_that_autoscalers_read_stays_exact(store_url):
+    async with connect(StoreConfig(store_url, partitions=1), namespace="team-a") as store:
+        worker = store.worker_log("pod-1")
+        await worker.beat()
+        work, lags = worker.work(), []
+        for count in (1, 2, 3):
+            for _ in range(count):
+                await make.start(store.session_log())
+            await make.take(worker, await anext(work))
+            (raw,) = await store.reads.call("XINFO", "GROUPS", store.keys().base(0) + "rdy")
+            lags.append(dict(zip(raw[::2], raw[1::2], strict=True))[b"lag"])
+        await work.aclose()
+        assert lags == [0, 1, 3]
 
 
 async def test_the_audit_heals_a_lost_ready_entry(log_roles):

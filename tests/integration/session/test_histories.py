@@ -106,11 +106,6 @@ CONTROLS: dict[str, Callable[[], dict[str, lua.Script]]] = {
         "false then end\n",
     ),
     "requeue of the dead": lambda: without("requeue", "\nenqueue(META, READY)\n", "\n"),
-    "no XDEL (lag)": lambda: without(
-        "claim",
-        "redis.call('XACK', READY, ARGV[6], ARGV[i]) end\n",
-        "redis.call('XACK', READY, ARGV[6], ARGV[i]) redis.call('XDEL', READY, ARGV[i]) end\n",
-    ),
 }
 
 

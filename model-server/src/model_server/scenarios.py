@@ -57,8 +57,8 @@ def guess(talk: Conversation) -> Turn:
     """Refuses to guess."""
     return say(
         "I am the scripted model server, not Claude: there is no model behind me, and I do not guess. I know the"
-        " scenarios fix-the-tests, echo, counter and slow-steps, and scripts that tests have put here. Begin a message with"
-        " [[script:echo]] to choose one, or give Cowhand an Anthropic API key to talk to Claude."
+        " scenarios fix-the-tests, echo, counter and slow-steps, and scripts that tests have put here."
+        " Begin a message with [[script:echo]] to choose one, or give Cowhand an Anthropic API key to talk to Claude."
     )
 
 

@@ -203,6 +203,22 @@ async def test_a_tenant_does_all_its_work_and_the_control_plane_too(guarded):
             await generator.aclose()
 
 
+async def test_nothing_acknowledged_is_lost_when_a_guarded_store_restarts():
+    """The append-only file is replayed as the default user, each script as a transaction (see users_acl)."""
+    hashed = {user: hashlib.sha256(f"pw-{user}".encode()).hexdigest() for user in USERS}
+    server = Server(acl=users_acl(hashed, ["team-a"])).start()
+    try:
+        async with as_user(server, "operator") as control:
+            sid = await make.start(control.session_log())
+            before = await control.session_log().get_events(sid)
+            server.kill()
+            server.start()
+            assert await control.session_log().get_events(sid) == before
+            assert "CRITICAL" not in server.log_tail()
+    finally:
+        server.stop()
+
+
 async def test_a_tenant_reaches_nothing_of_another(guarded):
     async with (
         as_user(guarded, "operator", "team-b") as theirs,

@@ -124,7 +124,7 @@ async def test_foreign_users_stay_and_default_stays_off() -> None:
     await bootstrap(kube).run()
     lines = text(snapshot(kube), "Secret", NS, "cowhand-store-acl", "users.acl").splitlines()
     assert [line for line in lines if line.startswith("user default")] == [
-        "user default off resetpass resetkeys resetchannels -@all"
+        "user default off resetpass ~* &* +@all"
     ]
     assert "user backup on #aa ~* +@read" in lines
     assert [line for line in lines if "nopass" in line] == [objects.PROBE_RULE]

@@ -96,6 +96,8 @@ def users_acl(passwords: Mapping[str, str], tenants: Sequence[str], prefix: str 
     missing = [user for user in users if user not in passwords]
     if missing:
         raise UserError(f"no password for store user {', '.join(missing)}")
-    lines = ["user default off resetpass resetkeys resetchannels -@all"]
+    # Off and without a password, so that nobody can be this user; but with rights, because the server replays
+    # its append-only file as this user and would drop every transaction that the user may not run.
+    lines = ["user default off resetpass ~* &* +@all"]
     lines += [acl_rule(user, passwords[user], prefix=prefix) for user in users]
     return "\n".join(lines) + "\n"

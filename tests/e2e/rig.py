@@ -344,9 +344,14 @@ class Session:
         return self.rig.cluster.items("pods", self.namespace, f"cowhand.dev/session-id={self.id}")
 
     def sandbox_pod(self) -> Json:
-        pods = [p for p in self.pods() if p["status"]["phase"] == "Running"]
-        assert pods, "no sandbox pod runs"
-        return pods[-1]
+        """The running one; the kubelet may report that later than the sandbox answers."""
+
+        def running() -> list[Json]:
+            return [p for p in self.pods() if p["status"]["phase"] == "Running"]
+
+        found = eventually("a running sandbox pod", running)
+        pod: Json = found[-1]
+        return pod
 
     def holder(self) -> Json:
         """The harness pod that holds the lease, by the last `session.wake` of the log."""

@@ -94,6 +94,7 @@ def test_deleted_in_mid_turn_ends_the_log_and_the_pods(rig: Rig) -> None:
     rig.model.wait_gate(gate)
     identity = session.id
     with session.follow() as events:
+        events.until_type("session.created")
         rig.delete(session)
         events.until_type("session.deleted")
     eventually("the object is gone", lambda: _gone(rig, session.name))

@@ -35,7 +35,7 @@ def targets(rig: Rig) -> list[list[object]]:
     dns = rig.cluster.get("service", "kube-dns", "kube-system")
     api = rig.cluster.get("service", "kubernetes", "default")
     broker = rig.cluster.get("service", "cowhand-broker", SYSTEM)
-    store = rig.cluster.items("pods", SYSTEM, "app.kubernetes.io/component=store")[0]
+    other = rig.cluster.items("pods", SYSTEM, "app.kubernetes.io/name=cowhand-model-server")[0]
     node = rig.cluster.items("nodes", "default")[0]
     assert dns
     assert api
@@ -45,7 +45,7 @@ def targets(rig: Rig) -> list[list[object]]:
         ["dns-tcp", "tcp", dns["spec"]["clusterIP"], 53],
         ["api-server", "tcp", api["spec"]["clusterIP"], 443],
         ["broker", "tcp", broker["spec"]["clusterIP"], 8443],
-        ["another-pod", "tcp", store["status"]["podIP"], 6379],
+        ["another-pod", "tcp", other["status"]["podIP"], 8080],
         ["kubelet", "tcp", node["status"]["addresses"][0]["address"], 10250],
         ["metadata", "tcp", "169.254.169.254", 80],
         ["internet-v4", "tcp", "192.0.2.1", 443],
@@ -53,13 +53,15 @@ def targets(rig: Rig) -> list[list[object]]:
     ]
 
 
-REACHABLE_WITHOUT_RULES = {"dns-udp", "dns-tcp", "api-server", "broker", "another-pod", "kubelet"}
+REACHABLE_WITHOUT_RULES = {"dns-udp", "dns-tcp", "api-server", "another-pod", "kubelet"}
+"""The broker is not among them: its NetworkPolicy keeps strangers out where policies are enforced."""
 
 
 def _session_with_sandbox(rig: Rig) -> Session:
     marker = rig.model.script({"content": [bash("echo hi")]}, {"content": [say("ok")]})
     session = rig.session(f"{marker}")
-    session.wait_turn()
+    results = [e["data"] for e in session.wait_turn() if e["type"] == "tool.result"]
+    assert [result["is_error"] for result in results] == [False], results
     return session
 
 
@@ -125,7 +127,8 @@ def _haystacks(rig: Rig, session: Session) -> dict[str, str]:
     harness = session.holder()["metadata"]["name"]
     scan = (
         "env; cat /proc/*/environ /proc/*/cmdline 2>/dev/null | tr '\\0' '\\n'; "
-        "find / -xdev -type f -newer /proc/1/cmdline -size -200k 2>/dev/null | head -500 | "
+        "find / -path /proc -prune -o -path /sys -prune -o -type f -mmin -600 -size -200k -print 2>/dev/null | "
+        "head -800 | "
         "xargs -r -d '\\n' cat 2>/dev/null; "
         "cat /run/secrets/*/* /var/run/secrets/*/* /var/run/secrets/*/*/* 2>/dev/null; true"
     )

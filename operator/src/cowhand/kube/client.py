@@ -124,7 +124,7 @@ class AioKube:
         """See `Kube.get`."""
         try:
             return await self._call(
-                "GET", kind.path(namespace, name), what=f"get {kind} {namespace}/{name}"
+                "GET", _one(kind, namespace, name), what=f"get {kind} {namespace}/{name}"
             )
         except NotFound:
             return None
@@ -155,7 +155,7 @@ class AioKube:
         kind, namespace, name = _address(manifest)
         return await self._call(
             "PATCH",
-            kind.path(namespace, name, subresource),
+            _one(kind, namespace, name, subresource),
             what=f"apply {kind} {namespace}/{name}",
             query={"fieldManager": manager, "force": "true" if force else "false"},
             body=manifest,
@@ -176,7 +176,7 @@ class AioKube:
         """See `Kube.patch`."""
         return await self._call(
             "PATCH",
-            kind.path(namespace, name, subresource),
+            _one(kind, namespace, name, subresource),
             what=f"patch {kind} {namespace}/{name}",
             body=body,
             content_type=_MERGE,
@@ -204,7 +204,7 @@ class AioKube:
         try:
             await self._call(
                 "DELETE",
-                kind.path(namespace, name),
+                _one(kind, namespace, name),
                 what=f"delete {kind} {namespace}/{name}",
                 body=options,
             )
@@ -221,6 +221,13 @@ class AioKube:
     async def close(self) -> None:
         """See `Kube.close`."""
         await self._api.close()  # type: ignore[no-untyped-call]
+
+
+def _one(kind: Kind, namespace: str | None, name: str, subresource: str = "") -> str:
+    """Path of one object; without a name it would be the whole collection's."""
+    if not name or (kind.namespaced and not namespace):
+        raise UserError(f"a {kind.kind} is asked for without its name", field="metadata.name")
+    return kind.path(namespace, name, subresource)
 
 
 def _address(manifest: Manifest) -> tuple[Kind, str | None, str]:

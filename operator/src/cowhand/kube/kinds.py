@@ -6,11 +6,17 @@ every caller of `cowhand.kube.client`; `of` finds the kind of a manifest.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from cowhand.errors import UserError
+
+
+# What a name in a path may be: no dot segment, no separator, no escape. Names come from objects and from the
+# store, where a tenant can write them; `../../<other tenant>/...` would be asked for with our own rights.
+_SEGMENT: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9._:]{0,251}[A-Za-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,13 @@ class Kind:
             namespace: None for all namespaces and for cluster-scoped kinds.
             name: empty for the collection.
             subresource: for example `status` or `scale`; needs a name.
+
+        Raises:
+            UserError: a part is no name of Kubernetes (and would lead to another object).
         """
+        for part in (namespace, name, subresource):
+            if part and not _SEGMENT.fullmatch(part):
+                raise UserError(f"{part[:80]!r} is not a name of Kubernetes", field="metadata.name")
         root = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
         parts = [root]
         if self.namespaced and namespace is not None:

@@ -69,7 +69,8 @@ class Cluster:
             [self.binary, *args],
             input=stdin,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env=self.env(),
             check=False,
         )

@@ -111,7 +111,7 @@ async def test_a_tombstone_of_a_creator_that_died_is_taken_over(log_roles):
         (
             make.meta(make.new_sid()),
             [make.created(), make.message(text="x" * INLINE_LIMIT)],
-            "limit is 65536: split it",
+            "limit is 1048576: split it",
         ),
     ],
 )
@@ -128,10 +128,10 @@ async def test_the_script_refuses_a_payload_over_the_limit_too(log_roles):
     sid = await make.start(log_roles.log)
     keys = log_roles.store.keys().session(sid)
     big = b"x" * (INLINE_LIMIT + 1)
-    with pytest.raises(UserError, match="65537 bytes"):
+    with pytest.raises(UserError, match="1048577 bytes"):
         await log_roles.store.script("ingest", keys, "big", ev.USER_MESSAGE, big, INLINE_LIMIT, 1)
     lease = await make.take(log_roles.worker, sid)
-    with pytest.raises(UserError, match="65537 bytes"):
+    with pytest.raises(UserError, match="1048577 bytes"):
         await log_roles.store.script(
             "append", keys, lease.value, 1, 1000, INLINE_LIMIT, "", ev.TOOL_RESULT, big
         )

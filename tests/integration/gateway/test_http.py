@@ -138,10 +138,11 @@ async def test_a_slow_follower_does_not_make_the_gateway_read_ahead(rig, monkeyp
 async def test_limits_and_unknown_paths(rig):
     await rig.create()
     path = f"/v1/sessions/{SID}/events"
-    status, body, _ = await rig.call("POST", path, data=io.BytesIO(b"x" * (1024 * 1024 + 1)))
+    status, body, _ = await rig.call("POST", path, data=io.BytesIO(b"x" * (4 * 1024 * 1024 + 1)))
     assert (status, body["error"]["type"]) == (413, "request_too_large")
-    long = {"type": "user.message", "content": "x" * 70_000}
-    status, body, _ = await rig.call("POST", path, json={"events": [long]})
+    long = {"type": "user.message", "content": "x" * 1_100_000}
+    raw = json.dumps({"events": [long]}).encode()
+    status, body, _ = await rig.call("POST", path, data=io.BytesIO(raw))
     assert status == 413
     assert body["error"]["message"].startswith("events.0: ")
     for method, path in (("GET", "/v1/agents"), ("DELETE", f"/v1/sessions/{SID}")):

@@ -113,6 +113,22 @@ async def test_a_session_runs_commands_in_its_sandbox_and_answers(here: Stack) -
     await audit(here, session_id)
 
 
+async def test_a_response_of_300_kib_is_logged_executed_and_sent_back(here: Stack) -> None:
+    content = "".join(f"{n:07d}\n" for n in range(300 * 128))
+    use = {"type": "tool_use", "name": "write"}
+    write = {"content": [{**use, "input": {"file_path": "big.txt", "content": content}}]}
+    await here.script("s", write, bash("wc -c < big.txt"), say(content + "{{result:-1}}"))
+    await here.local_worker()
+    session_id = await here.create("[[script:s]]")
+    events = await here.settled(session_id)
+    sizes = [len(event.payload) for event in events if event.type == ev.MODEL_RESPONSE]
+    assert sizes[0] > 300 * 1024
+    assert sizes[2] > 300 * 1024
+    assert (here.pods[session_id, "main", 1].workdir / "big.txt").read_text() == content
+    assert answer(events).split()[-1] == str(len(content))
+    assert (await audit(here, session_id)).idle == {"type": "end_turn"}
+
+
 async def test_an_eager_sandbox_comes_before_the_first_request(here: Stack) -> None:
     await here.script("s", say("hi"))
     await here.local_worker()

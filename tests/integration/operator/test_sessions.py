@@ -267,7 +267,8 @@ async def test_an_unreadable_spec_stalls_only_itself(rig: Rig) -> None:
 
 
 async def test_a_snapshot_that_is_too_large_is_refused_with_a_remedy(rig: Rig) -> None:
-    await start(rig, agent={"model": {"id": "m"}, "system": "x" * 70_000})
+    wide = [{"name": f"V{i}", "value": "😀" * 4096} for i in range(100)]
+    await start(rig, environment={"env": wide})
     assert await rig.condition(AS, "one", "Stalled") == ("True", "TooLarge")
     assert len(rig.log) == 0
 

@@ -15,6 +15,7 @@ from cowhand.controller.freeze import (
     freeze,
     tombstone,
 )
+from cowhand.session.events import INLINE_LIMIT
 
 DEFAULTS = FreezeDefaults(
     EnvironmentSpec.model_validate({"resources": {"cpu": "1"}}),
@@ -91,8 +92,20 @@ def test_messages_become_events_with_their_ids() -> None:
 
 
 def test_too_large_says_what_to_do() -> None:
-    with pytest.raises(TooLarge, match="ConfigMap"):
-        frozen(message="x" * 70_000)
+    wide = [{"name": f"V{i}", "value": "😀" * 4096} for i in range(100)]
+    with pytest.raises(TooLarge, match=r"session\.created .*ConfigMap"):
+        frozen(environment={"env": wide})
+    many = [{"id": f"m{i}", "content": "x" * 100_000} for i in range(22)]
+    with pytest.raises(TooLarge, match=r"together, .*add the others to spec\.messages later"):
+        frozen(messages=many)
+    frozen(messages=many[:-2])
+
+
+@pytest.mark.parametrize("letter", ["x", "😀", "\x01"])
+def test_the_longest_message_and_system_prompt_that_the_api_takes_fit(letter: str) -> None:
+    longest = letter * 100_000
+    made = frozen({"system": longest}, message=longest)
+    assert max(len(event.payload()) for event in made.events) <= INLINE_LIMIT
 
 
 SAME: list[dict[str, Any]] = [

@@ -341,9 +341,18 @@ async def test_output_is_cut_and_made_printable() -> None:
 @pytest.mark.parametrize("size", [0, 1, 29_999, 30_000, 30_001, 200_000])
 def test_cut_output_always_fits_an_event(letter: str, size: int) -> None:
     payload = NewEvent(ev.TOOL_RESULT, {"content": cut_output(letter * size, 30_000)}).payload()
-    assert len(payload) < MAX_BYTES + 200
-    if size <= 5000:
-        assert cut_output(letter * size, 30_000) == letter * size
+    assert len(payload) < MAX_BYTES
+    # The limit in characters is the one that counts, however wide they are.
+    assert (cut_output(letter * size, 30_000) == letter * size) == (size <= 30_000)
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "😀", "\x00"])
+def test_cut_output_fits_an_event_whatever_the_limit_in_characters(letter: str) -> None:
+    cut = cut_output(letter * 3_000_000, 2_000_000)
+    assert "characters left out" in cut
+    assert (
+        MAX_BYTES // 2 < len(NewEvent(ev.TOOL_RESULT, {"content": cut}).payload()) < MAX_BYTES + 200
+    )
 
 
 async def test_parallel_calls_make_one_sandbox_and_lose_it_once() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -149,14 +149,7 @@ def freeze(
     first += [user_message(session, one.id, one.content) for one in spec.messages or ()]
     if spec.operating_mode == "Suspended":
         first.append(mode_event(session, suspended=True))
-    for event in first:
-        size = len(event.payload())
-        if size > events.INLINE_LIMIT:
-            raise TooLarge(
-                f"{event.type} ({event.id}) has {size} bytes, at most {events.INLINE_LIMIT} fit: "
-                "shorten the system prompt or the message, or put text into a ConfigMap under "
-                "spec.resources"
-            )
+    _check_sizes(first)
     secret = agent.spec.model.secret_ref
     model = {
         "base_url": agent.spec.model.base_url or defaults.model_base_url,
@@ -177,6 +170,24 @@ def freeze(
         events=tuple(first),
         pinned=pinned,
     )
+
+
+def _check_sizes(first: Sequence[NewEvent]) -> None:
+    """Raise TooLarge unless each event fits the log, and all of them one script."""
+    sizes = [len(event.payload()) for event in first]
+    for event, size in zip(first, sizes, strict=True):
+        if size > events.INLINE_LIMIT:
+            raise TooLarge(
+                f"{event.type} ({event.id}) has {size} bytes, at most {events.INLINE_LIMIT} fit: "
+                "shorten the system prompt or the message, or put text into a ConfigMap under "
+                "spec.resources"
+            )
+    if sum(sizes) > events.CREATE_LIMIT:
+        raise TooLarge(
+            f"agent, environment and messages have {sum(sizes)} bytes together, a session may begin "
+            f"with {events.CREATE_LIMIT}: begin with fewer messages and add the others to "
+            "spec.messages later, or put text into a ConfigMap under spec.resources"
+        )
 
 
 def _created(

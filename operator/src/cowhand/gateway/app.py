@@ -33,7 +33,8 @@ from cowhand.gateway.window import chunks, context_at
 from cowhand.session import events as ev
 from cowhand.session.log import SessionLog, SessionState
 
-MAX_BODY: Final = 1024 * 1024
+MAX_BODY: Final = 4 * 1024 * 1024
+"""Bytes of a request body: one event of the largest size, however its JSON escapes it, or several."""
 UNSEEN_TTL_S: Final = 60.0
 HEALTH_TTL_S: Final = 5.0
 HEALTH_TIMEOUT_S: Final = 2.0

@@ -22,12 +22,15 @@ from cowhand.gateway.messages import uuid7
 from cowhand.hands.transport import Endpoint, PinnedTransport, Transport, Untrusted
 from cowhand.kube import kinds
 from cowhand.kube.client import Kube
-from cowhand.session.events import INLINE_LIMIT, SESSION_EXEC, NewEvent
+from cowhand.session.events import SESSION_EXEC, NewEvent
 from cowhand.session.log import ControlLog, HandRecord, SessionLog
 from cowhand.wire.records import verify_record
 
 DEFAULT_TIMEOUT_MS: Final = 120_000
 MAX_TIMEOUT_MS: Final = 600_000
+MAX_COMMAND: Final = 32 * 1024
+"""Bytes of a command: it is one argument of bash (Linux takes 128 KiB), and it stands in the log."""
+
 SLACK_S: Final = 15.0
 """Time beyond the command's own limit that its sandbox has to answer."""
 
@@ -58,8 +61,8 @@ def parse(body: bytes) -> Command:
     command = document.get("command")
     if not isinstance(command, str) or not command.strip():
         raise UserError("command: must be a string that is not empty", field="command")
-    if len(command.encode()) > INLINE_LIMIT // 2:
-        raise TooLarge(f"command: more than {INLINE_LIMIT // 2} bytes", field="command")
+    if len(command.encode()) > MAX_COMMAND:
+        raise TooLarge(f"command: more than {MAX_COMMAND} bytes", field="command")
     timeout = document.get("timeout_ms", DEFAULT_TIMEOUT_MS)
     if isinstance(timeout, bool) or not isinstance(timeout, int):
         raise UserError("timeout_ms: must be an integer", field="timeout_ms")

@@ -1,7 +1,7 @@
 """Reading a log in bounded pieces, with the context that the projection of a piece needs.
 
-Used by the list of events and by the streams. A log may hold thousands of events of 64 KB: nothing here
-reads all of it, and nothing depends on where a client's page begins.
+Used by the list of events and by the streams. A log may hold thousands of events, each of up to 1 MiB:
+nothing here reads all of it, and nothing depends on where a client's page begins.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cowhand.session import events as ev
 from cowhand.session.events import Event
 from cowhand.session.log import SessionLog
 
-CHUNK: Final = 100
+CHUNK: Final = 20
 """Events read from the log at once."""
 
 LOOK_BACK: Final = 64

@@ -14,8 +14,8 @@ from typing import Any, Final, Protocol
 from cowhand.session.events import NewEvent
 from cowhand.session.log import HandRecord
 
-MAX_BYTES: Final = 60_000
-"""Largest result as JSON bytes: an event of the log holds 64 KiB."""
+MAX_BYTES: Final = 512 * 1024
+"""Largest result as JSON bytes, whatever the limit in characters: an event of the log holds 1 MiB."""
 
 LOST_RUNNING: Final = (
     "the sandbox was lost while the call ran; it may have partly executed; the next call starts a "

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PAGE: Final = 500
+PAGE: Final = 100
 """Events read at a time."""
 
 RETRY_CAP_S: Final = 2.0

@@ -16,8 +16,11 @@ from typing import Any, Final
 PAYLOAD_VERSION: Final = 1
 """Version written into `v` of each payload."""
 
-INLINE_LIMIT: Final = 64 * 1024
-"""Largest payload in bytes that is stored inline; see docs/adr for larger ones."""
+INLINE_LIMIT: Final = 1024 * 1024
+"""Largest payload in bytes, all of it inline until there is a blob store (docs/adr/0007)."""
+
+CREATE_LIMIT: Final = 2 * INLINE_LIMIT
+"""Most bytes of all payloads that a session begins with: one script writes them."""
 
 # External events: anybody with the right may ingest them (they are deduplicated by id).
 SESSION_CREATED: Final = "session.created"

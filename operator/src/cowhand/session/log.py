@@ -193,7 +193,7 @@ class SessionLog(Protocol):
         Raises:
             SessionNotFound: no such session in this tenant.
             SessionClosed: its state is `closed` or `terminated`.
-            UserError: another type, no id, or a payload over the limit (64 KiB).
+            UserError: another type, no id, or a payload over the limit (1 MiB).
         """
 
     async def get_events(
@@ -271,7 +271,7 @@ class WorkerLog(Protocol):
         Raises:
             Fenced: the lease is gone (taken over, given back, session deleted, or the store lost our newest events):
                 drop the session at once.
-            UserError: a payload over the limit (64 KiB); nothing was written.
+            UserError: a payload over the limit (1 MiB); nothing was written.
         """
 
     async def barrier(self, lease: Lease | None = None) -> None:

@@ -30,8 +30,14 @@ from cowhand.session.log import Created, SessionMeta, SessionState
 if TYPE_CHECKING:
     from cowhand.session.store import Store
 
-CHUNK: Final = 256
-"""Events per read, so that one long log does not hold up the other readers."""
+CHUNK: Final = 32
+"""Events of a first read; an event has up to 1 MiB, and a reply holds up the other readers."""
+
+MAX_CHUNK: Final = 256
+"""Events of the later reads, while those before them were small."""
+
+SMALL_CHUNK: Final = 256 * 1024
+"""Bytes of payloads in a read after which the next one may be twice as long."""
 
 POLL_SECONDS: Final = 5.0
 """How often a follower looks without being nudged."""
@@ -163,12 +169,16 @@ class RedisSessionLog:
         last = "+" if end is None else f"{end}-0"
         position = max(start, 1)
         events: list[Event] = []
+        chunk = CHUNK
         while (end is None or position <= end) and (limit is None or len(events) < limit):
-            count = CHUNK if limit is None else min(CHUNK, limit - len(events))
+            count = chunk if limit is None else min(chunk, limit - len(events))
             raw = await self._store.reads.call("XRANGE", log, f"{position}-0", last, "COUNT", count)
-            events += [codec.event(entry) for entry in raw]
+            found = [codec.event(entry) for entry in raw]
+            events += found
             if len(raw) < count:
                 break
+            small = sum(len(event.payload) for event in found) <= SMALL_CHUNK
+            chunk = min(MAX_CHUNK, chunk * 2) if small else CHUNK
             position = events[-1].seq + 1
         return events
 
@@ -183,7 +193,7 @@ class RedisSessionLog:
         if not raw:
             await self._store.verify()
             raise SessionNotFound(f"there is no session {session_id}")
-        return codec.session_state(session_id, codec.pairs(raw))
+        return codec.session_state(session_id, self._keys.namespace, codec.pairs(raw))
 
     async def follow(self, session_id: str, start: int = 1) -> AsyncIterator[Event]:
         """See `log.SessionLog.follow`."""

@@ -15,6 +15,7 @@ from cowhand.session.events import NewEvent
 from cowhand.session.keys import Keys
 from cowhand.session.log import HandRecord
 
+SID = "sesn_" + "ab" * 16
 HASH = "0f" * 32
 KEYS = Keys("cowhand", "team-a", 16)
 
@@ -125,3 +126,57 @@ def test_payload_limit_counts_bytes():
     assert len(codec.checked_payload(fits)) <= 65_536
     with pytest.raises(UserError, match="split it"):
         codec.checked_payload(NewEvent("user.message", {"x": "ü" * 40_000}))
+
+
+STATE = {
+    **{"ns": "team", "name": "fix", "uid": "u", "tomb": "", "model": "{}", "st": "{}"},
+    **{"state": "idle", "mode": "running", "lease": "", "epoch": "0", "next": "2", "created": "1"},
+}
+
+
+def meta_hash(**changes: str) -> dict[bytes, bytes]:
+    return {key.encode(): value.encode() for key, value in (STATE | changes).items()}
+
+
+def test_a_meta_hash_is_a_state() -> None:
+    state = codec.session_state(SID, "team", meta_hash())
+    assert (state.meta.namespace, state.meta.name, state.next_seq) == ("team", "fix", 2)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {},
+        {b"x": b"y"},
+        {b"\xff": b"\xff"},
+        meta_hash(ns="rivals"),
+        meta_hash(epoch="many"),
+        meta_hash(next=""),
+        meta_hash(st="[]"),
+        meta_hash(model="no json"),
+        meta_hash(model="[" * 100_000),
+    ],
+    ids=lambda raw: str(raw)[:60],
+)
+def test_what_a_tenant_forges_in_a_meta_hash_is_one_known_error(raw: dict[bytes, bytes]) -> None:
+    with pytest.raises(LogIncompatible):
+        codec.session_state(SID, "team", raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"\xff",
+        b'{"state":"Ready"}',
+        b"[" * 100_000,
+        codec.record_json(replace(RECORD, owner_epoch="1")).encode(),  # type: ignore[arg-type]
+        codec.record_json(replace(RECORD, address=None)).encode(),  # type: ignore[arg-type]
+    ],
+    ids=lambda raw: str(raw)[:40],
+)
+def test_what_a_tenant_forges_in_a_hand_record_is_one_known_error(raw: bytes) -> None:
+    with pytest.raises(LogIncompatible):
+        codec.record(raw)

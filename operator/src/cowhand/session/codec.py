@@ -42,27 +42,46 @@ def meta_fields(meta: SessionMeta) -> list[str]:
     ]
 
 
-def session_state(session_id: str, raw: Mapping[bytes, bytes]) -> SessionState:
-    """A meta hash as `SessionState`."""
-    text = {key.decode(): value.decode() for key, value in raw.items()}
-    meta = SessionMeta(
-        session_id=session_id,
-        namespace=text["ns"],
-        name=text["name"],
-        uid=text["uid"],
-        model=json.loads(text["model"]),
-        tombstone=text["tomb"],
-    )
-    return SessionState(
-        meta=meta,
-        state=cast(State, text["state"]),
-        mode=cast(Mode, text["mode"]),
-        lease=text["lease"],
-        epoch=int(text["epoch"]),
-        next_seq=int(text["next"]),
-        status=json.loads(text["st"]),
-        created_ms=int(text["created"]),
-    )
+def session_state(session_id: str, namespace: str, raw: Mapping[bytes, bytes]) -> SessionState:
+    """A meta hash as `SessionState`.
+
+    Args:
+        session_id: whose hash it is.
+        namespace: the tenant in whose keys it stands: what the hash says of itself must agree, because the
+            tenant's own login can write it.
+        raw: the hash.
+
+    Raises:
+        LogIncompatible: it is not a meta hash of this session.
+    """
+    try:
+        text = {key.decode(): value.decode() for key, value in raw.items()}
+        model, status = json.loads(text["model"]), json.loads(text["st"])
+        if text["ns"] != namespace:
+            raise ValueError("it names another namespace")
+        if not isinstance(model, dict) or not isinstance(status, dict):
+            raise ValueError("model and st must be objects")
+        meta = SessionMeta(
+            session_id=session_id,
+            namespace=namespace,
+            name=text["name"],
+            uid=text["uid"],
+            model=model,
+            tombstone=text["tomb"],
+        )
+        return SessionState(
+            meta=meta,
+            state=cast(State, text["state"]),
+            mode=cast(Mode, text["mode"]),
+            lease=text["lease"],
+            epoch=int(text["epoch"]),
+            next_seq=int(text["next"]),
+            status=status,
+            created_ms=int(text["created"]),
+        )
+    except (KeyError, ValueError, RecursionError) as err:
+        why = f"it lacks {err}" if isinstance(err, KeyError) else str(err)
+        raise LogIncompatible(f"the meta hash of {session_id!r} is not valid: {why}") from err
 
 
 def event(entry: Sequence[Any]) -> Event:
@@ -99,8 +118,20 @@ def record_json(record: HandRecord) -> str:
 
 
 def record(raw: bytes | None) -> HandRecord | None:
-    """A stored hand record; fields of a newer release are left out."""
+    """A stored hand record; fields of a newer release are left out.
+
+    Raises:
+        LogIncompatible: it is something else (a tenant's login can write it).
+    """
     if raw is None:
         return None
-    body = json.loads(raw)
-    return HandRecord(**{key: value for key, value in body.items() if key in _RECORD_FIELDS})
+    try:
+        body = json.loads(raw)
+        found = HandRecord(**{key: value for key, value in body.items() if key in _RECORD_FIELDS})
+    except (ValueError, TypeError, AttributeError, RecursionError) as err:
+        raise LogIncompatible("a hand record is not valid") from err
+    for field in fields(HandRecord):
+        wanted = int if field.name in ("instance", "owner_epoch") else str
+        if type(getattr(found, field.name)) is not wanted:
+            raise LogIncompatible(f"the field {field.name} of a hand record is not valid")
+    return found

@@ -106,7 +106,7 @@ def test_the_environment_shapes_the_sandbox() -> None:
     assert sandbox["image"] == "mine:2"
     assert "command" not in sandbox
     amounts = {"cpu": "500m", "memory": "1Gi", "ephemeral-storage": "4Gi"}
-    assert sandbox["resources"] == {"requests": amounts, "limits": amounts}
+    assert sandbox["resources"] == {"requests": {**amounts, "cpu": "50m"}, "limits": amounts}
     env = [(var["name"], var["value"]) for var in sandbox["env"]]
     assert ("HOME", "/tmp") in env
     assert len(env) == len({name for name, _ in env})
@@ -114,6 +114,34 @@ def test_the_environment_shapes_the_sandbox() -> None:
     assert made["spec"]["nodeSelector"] == {"pool": "sandboxes"}
     workspace = next(v for v in made["spec"]["volumes"] if v["name"] == "workspace")
     assert workspace == {"name": "workspace", "emptyDir": {"sizeLimit": "4Gi"}}
+
+
+@pytest.mark.parametrize(
+    ("limit", "request_"),
+    [
+        ("500m", "50m"),
+        ("1", "100m"),
+        ("1.5", "150m"),
+        ("2", "200m"),
+        ("101m", "11m"),
+        ("50m", "10m"),
+        ("0.05", "10m"),
+        ("4m", "4m"),
+        ("500u", "1m"),
+        ("250000000n", "25m"),
+        ("1k", "100000m"),
+        ("1Ki", "102400m"),
+        ("0", "0m"),
+    ],
+)
+def test_a_tenth_of_the_cpu_is_reserved(limit: str, request_: str) -> None:
+    sandbox = containers(pod({"resources": {"cpu": limit}}))["sandbox"]
+    assert sandbox["resources"] == {"requests": {"cpu": request_}, "limits": {"cpu": limit}}
+
+
+def test_without_a_cpu_limit_nothing_is_reserved() -> None:
+    sandbox = containers(pod({"resources": {"memory": "1Gi"}}))["sandbox"]
+    assert sandbox["resources"] == {"requests": {"memory": "1Gi"}, "limits": {"memory": "1Gi"}}
 
 
 def test_labels_and_owner() -> None:

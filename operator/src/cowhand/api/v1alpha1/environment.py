@@ -20,14 +20,16 @@ RESERVED_ENV = (
 
 
 class ComputeResources(Model):
-    """Compute resources of the sandbox container; each is request and limit at once."""
+    """Limits of the sandbox container; memory and storage are reserved in full, of cpu a tenth."""
 
     cpu: Quantity | None = None
-    """cpu of the sandbox, for example 500m; default the chart's default environment."""
+    """cpu that the sandbox may use, for example 500m; a tenth of it, at least 10m, is reserved (the
+    request), because a sandbox mostly waits for the model. Default the chart's default environment."""
     memory: Quantity | None = None
-    """memory of the sandbox, for example 1Gi."""
+    """memory of the sandbox, for example 1Gi; request and limit at once."""
     ephemeral_storage: Quantity | None = None
-    """ephemeralStorage of the sandbox, for example 4Gi; also the size of /workspace."""
+    """ephemeralStorage of the sandbox, for example 4Gi; request and limit at
+    once, also the size of /workspace."""
 
 
 class EnvVar(Model):
@@ -92,7 +94,7 @@ class EnvironmentSpec(Model):
     """image of the sandbox container, which must contain sandboxd; default the chart's
     sandboxImage."""
     resources: ComputeResources | None = None
-    """resources of the sandbox container; each is request and limit at once."""
+    """resources of the sandbox container: its limits; of cpu a tenth is reserved, the others in full."""
     runtime_class_name: (
         Annotated[str, Field(min_length=1, max_length=253, pattern=DNS_SUBDOMAIN)] | None
     ) = None

@@ -407,3 +407,37 @@ async def test_the_port_speaks_tls_only(rig):
     untrusting = ssl.create_default_context()
     with pytest.raises(aiohttp.ClientConnectorCertificateError):
         await rig.http.get(f"{rig.url}/healthz", ssl=untrusting)
+
+
+async def test_another_tenants_copy_of_a_session_catches_nothing(rig):
+    """The harness of `team-a` was taken over and wrote our session's id into its own keys, first in line."""
+    await rig.create()
+    await rig.create("team-a")
+    rig.gateway.logs = {name: rig.logs[name] for name in ("team-a", "default")}
+    message = {"events": [{"type": "user.message", "content": "my secret plan"}]}
+    status, _, _ = await rig.call("POST", f"/v1/sessions/{SID}/events", json=message)
+    assert status == 200
+    assert len(await rig.logs["default"].get_events(SID)) == 3
+    assert len(await rig.logs["team-a"].get_events(SID)) == 2
+
+
+async def test_a_forged_namespace_does_not_borrow_anothers_rights(rig):
+    """Rights are asked for where the log stands, whatever the log says of itself."""
+    await rig.create("team-a")
+    key = rig.store.keys("team-a").session(SID).meta
+    await rig.store.writes.call("HSET", key, "ns", "default")
+    status, body, _ = await rig.call("GET", f"/v1/sessions/{SID}")
+    assert status == 500
+    assert body["type"] == "error"
+
+
+async def test_a_session_that_stands_twice_must_be_named(rig):
+    await rig.create()
+    await rig.create("team-a")
+    rig.kube.rights.add(("jane", "get", "events", "team-a"))
+    status, body, _ = await rig.call("GET", f"/v1/sessions/{SID}")
+    assert status == 409
+    assert "anthropic-workspace-id" in body["error"]["message"]
+    header = {"anthropic-workspace-id": "team-a"}
+    status, body, _ = await rig.call("GET", f"/v1/sessions/{SID}", headers=header)
+    assert (status, body["cowhand"]["namespace"]) == (200, "team-a")

@@ -19,13 +19,13 @@ from typing import Any, Final
 from aiohttp import web
 
 from cowhand import __version__
-from cowhand.errors import CowhandError, SessionNotFound, UserError
+from cowhand.errors import CowhandError, LogIncompatible, SessionNotFound, UserError
 from cowhand.gateway import exec as sandbox_exec
 from cowhand.gateway import log as rawlog
 from cowhand.gateway import messages, paging
 from cowhand.gateway.auth import Authority, Caller, Clock, Expiring, Right
 from cowhand.gateway.broker import Broker
-from cowhand.gateway.errors import NotFound, answer, envelope
+from cowhand.gateway.errors import Conflict, Forbidden, NotFound, answer, envelope
 from cowhand.gateway.pump import Follower
 from cowhand.gateway.sessions import session_object
 from cowhand.gateway.sse import PING, Renderer, error_frame, resume_position
@@ -183,20 +183,50 @@ async def _target(request: web.Request, *rights: tuple[str, str]) -> Target:
     named = request.headers.get("anthropic-workspace-id") or request.query.get("namespace") or ""
     if named and named not in gateway.logs:
         raise NotFound(f"namespace {named} is not served here (chart value `tenants`)")
-    for namespace in (named,) if named else tuple(gateway.logs):
+    found = await _found(gateway, session_id, named)
+    targets = [Target(caller, gateway.logs[state.meta.namespace], state) for state in found]
+    refused: Forbidden | None = None
+    may: list[Target] = []
+    for target in targets:
         try:
-            state = await gateway.logs[namespace].get_session(session_id)
-        except SessionNotFound:
-            continue
-        target = Target(caller, gateway.logs[namespace], state)
-        for verb, subresource in rights:
-            await gateway.authority.authorize(caller, target.right(verb, subresource))
-        return target
+            for verb, subresource in rights:
+                await gateway.authority.authorize(caller, target.right(verb, subresource))
+            may.append(target)
+        except Forbidden as err:
+            refused = err
+    if len(may) > 1:
+        listed = ", ".join(sorted(target.state.meta.namespace for target in may))
+        raise Conflict(
+            f"session {session_id} stands in more than one namespace ({listed}), and one of them is "
+            "forged: name yours in the header anthropic-workspace-id"
+        )
+    if may:
+        return may[0]
+    if refused is not None:
+        raise refused
     if named:
         for verb, subresource in rights:
             await gateway.authority.authorize(caller, Right(verb, subresource, named))
     where = f" in namespace {named}" if named else ""
     raise SessionNotFound(f"there is no session {session_id}{where}")
+
+
+async def _found(gateway: Gateway, session_id: str, named: str) -> list[SessionState]:
+    """The session in the named namespace, else in all: a tenant's harness, taken over, can write the id of
+    another tenant's session into its own keys, so the first one found need not be the right one.
+    """
+    found = []
+    broken: LogIncompatible | None = None
+    for namespace in (named,) if named else tuple(gateway.logs):
+        try:
+            found.append(await gateway.logs[namespace].get_session(session_id))
+        except SessionNotFound:
+            continue
+        except LogIncompatible as err:
+            broken = err
+    if not found and broken is not None:
+        raise broken
+    return found
 
 
 READ: Final = ("get", "events")

@@ -18,11 +18,6 @@ from cowhand.errors import UserError
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9._:]{0,251}[A-Za-z0-9])?")
 
 
-# What a name in a path may be: no dot segment, no separator, no escape. Names come from objects and from the
-# store, where a tenant can write them; `../../<other tenant>/...` would be asked for with our own rights.
-_SEGMENT: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9._:]{0,251}[A-Za-z0-9])?")
-
-
 @dataclass(frozen=True)
 class Kind:
     """One kind of object.

@@ -34,6 +34,9 @@ RESYNC_S: Final = 600.0
 PROJECTION_SWEEP_S: Final = 60.0
 """Sessions whose nudge was lost are found after so long."""
 
+PROJECTION_ROUNDS: Final = 50
+"""Batches that one pass takes of one tenant: who fills its own set must not keep the others waiting."""
+
 _POD_SELECTOR: Final = f"{labels.APP_NAME}={labels.APP_NAME_VALUE}"
 
 log = logging.getLogger(__name__)
@@ -152,8 +155,22 @@ class Operator:
     # -- projection --------------------------------------------------------------------------------
 
     async def project(self, namespace: str) -> None:
-        """Put every session of a tenant whose state changed into line."""
-        while True:
+        """Put every session of a tenant whose state changed into line.
+
+        What a tenant's login wrote into the log must not stop the others: whatever it breaks is logged.
+
+        Raises:
+            StoreUnavailable: the store does not answer, for anybody.
+        """
+        try:
+            await self._project(namespace)
+        except StoreUnavailable:
+            raise
+        except Exception:
+            log.exception("projection of %s", namespace)
+
+    async def _project(self, namespace: str) -> None:
+        for _ in range(PROJECTION_ROUNDS):
             taken = await self._logs.call(lambda: self._logs.control.take_projections(namespace))
             if not taken:
                 return
@@ -268,14 +285,21 @@ class Operator:
             try:
                 for namespace in self._tenants:
                     await self.project(namespace)
-                    await self._logs.call(
-                        lambda ns=namespace: self._logs.control.sweep(ns)  # type: ignore[misc]
-                    )
+                    await self._sweep(namespace)
                 await self.orphans.sweep()
             except StoreUnavailable as err:
                 log.warning("projection sweep: %s", err)
             except CowhandError:
                 log.exception("projection sweep")
+
+    async def _sweep(self, namespace: str) -> None:
+        """One tenant's upkeep; as in `project`, its broken keys concern nobody else."""
+        try:
+            await self._logs.call(lambda: self._logs.control.sweep(namespace))
+        except StoreUnavailable:
+            raise
+        except Exception:
+            log.exception("sweep of %s", namespace)
 
     async def _resync_loop(self) -> None:
         while True:

@@ -54,6 +54,9 @@ class Scaler:
                     await self.step(namespace)
                 except CowhandError as err:
                     log.warning("scaling of %s: %s", namespace, err)
+                except Exception:
+                    # A tenant's login can break its own keys: that concerns no other tenant.
+                    log.exception("scaling of %s", namespace)
             await asyncio.sleep(INTERVAL_S)
 
     async def step(self, namespace: str) -> None:

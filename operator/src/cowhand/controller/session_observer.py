@@ -17,7 +17,7 @@ from cowhand.api.v1alpha1 import Agent, AgentSession, Environment, EnvironmentSp
 from cowhand.controller import freeze, observe
 from cowhand.controller.freeze import AgentSource, FreezeDefaults, Frozen
 from cowhand.controller.logs import Logs
-from cowhand.errors import SessionNotFound, StoreUnavailable, UserError
+from cowhand.errors import LogIncompatible, SessionNotFound, StoreUnavailable, UserError
 from cowhand.kube import kinds
 from cowhand.kube.client import Kube, Manifest
 from cowhand.reconcile.session_snapshot import (
@@ -101,7 +101,8 @@ class SessionObserver:
             return await self._logs.call(lambda: observe.log_view(sessions, found))
         except SessionNotFound:
             return Absent()
-        except StoreUnavailable as err:
+        except (StoreUnavailable, LogIncompatible) as err:
+            # A log that was broken by hand must not keep its object from being deleted.
             return Unreachable(str(err))
 
     async def _resolve(self, key: Key, snap: SessionSnapshot, state: Pass) -> SessionSnapshot:

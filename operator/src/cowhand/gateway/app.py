@@ -212,8 +212,10 @@ async def _target(request: web.Request, *rights: tuple[str, str]) -> Target:
 
 
 async def _found(gateway: Gateway, session_id: str, named: str) -> list[SessionState]:
-    """The session in the named namespace, else in all: a tenant's harness, taken over, can write the id of
-    another tenant's session into its own keys, so the first one found need not be the right one.
+    """The session in the named namespace, else wherever it stands.
+
+    A tenant's harness, taken over, can write the id of another tenant's session into its own keys: the
+    first one found need not be the right one.
     """
     found = []
     broken: LogIncompatible | None = None

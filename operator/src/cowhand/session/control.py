@@ -148,7 +148,7 @@ class RedisControlLog:
             if len(taken) >= limit:
                 break
             found = await self._store.writes.call("SPOP", base + "proj", limit - len(taken))
-            taken += [sid.decode() for sid in found]
+            taken += [sid.decode(errors="replace") for sid in found]
         return taken
 
     async def projection_nudges(self, namespaces: Sequence[str]) -> AsyncIterator[str]:

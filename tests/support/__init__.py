@@ -1,1 +1,1 @@
-"""Helpers shared by the tests."""
+"""Rigs and stand-ins shared by the tests."""

@@ -57,7 +57,9 @@ def created(
         "name": "s",
         "uid": "u",
         "agent": {"name": "a", "uid": "u", "generation": 1, "hash": "h"},
-        "request": request_base(model="m", max_tokens=max_tokens, system="be brief", tools=allowed),
+        "request": request_base(
+            model="m", max_tokens=max_tokens, system="be concise", tools=allowed
+        ),
         "permissions": allowed,
         "hands": [hand] if hands else [],
         "resources": [],

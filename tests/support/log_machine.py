@@ -105,7 +105,7 @@ class LogMachine(RuleBasedStateMachine):
         self.texts = itertools.count()
         self.world.faults.fault = ""
 
-    # Helpers
+    # What the rules share
 
     def sid(self, number: int) -> str:
         return f"sesn_{number:032x}"

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,7 @@ METADATA, INTERNET_V4, INTERNET_V6 = "169.254.169.254", "192.0.2.1", "2001:db8::
 HOSTS = (NODE_V4, NODE_V6, API, DNS, METADATA, INTERNET_V4, INTERNET_V6)
 TCP_PORTS = (22, 53, 80, 443, 853, 6443, 8080, 8443, 10250)
 UDP_PORTS = (53, 443, 3478, 5353)
+READY_S = 30
 
 _SERVER = """
 import selectors, socket, sys
@@ -58,7 +60,7 @@ uid = int(sys.argv[2])
 if uid:
     os.setgroups([]); os.setgid(uid); os.setuid(uid)
 def attempt(host, port, proto="tcp"):
-    outcome = verify.probe(verify.Target("x", host, port, proto))
+    outcome = verify.probe(verify.Target("x", host, port, proto), args.get("timeout_s", verify.AT_ONCE_S))
     return [outcome.ok, outcome.detail]
 def out(value):
     print(json.dumps(value), flush=True)
@@ -115,6 +117,9 @@ class Pair:
         for name in (self.pod, self.peer):
             _run("ip", "netns", "add", name)
             _run("ip", "-n", name, "link", "set", "lo", "up")
+            for scope in ("all", "default"):
+                dad = f"net.ipv6.conf.{scope}.accept_dad=0"
+                _run("ip", "netns", "exec", name, "sysctl", "-qw", dad)
         _run(
             "ip", "link", "add", a, "netns", self.pod, "type", "veth", "peer", b, "netns", self.peer
         )
@@ -132,7 +137,19 @@ class Pair:
         _run("ip", "-n", self.peer, "addr", "add", f"{INTERNET_V6}/128", "dev", "lo", "nodad")
         ping = "net.ipv4.ping_group_range=0 2147483647"
         _run("ip", "netns", "exec", self.pod, "sysctl", "-qw", ping)
+        self._await_links()
         self.serve(self.peer, 0, TCP_PORTS, UDP_PORTS)
+
+    def _await_links(self) -> None:
+        """Wait until both ends carry packets and no address is still being checked for a duplicate.
+
+        The kernel brings a link up up to a second after its cable; until then it drops what is sent.
+        """
+        deadline = time.monotonic() + READY_S
+        for name, link in zip((self.pod, self.peer), self._cable, strict=True):
+            while (found := _unready(name, link)) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert not found, f"after {READY_S} s in {name}: {found}"
 
     def serve(self, name: str, uid: int, tcp: tuple[int, ...], udp: tuple[int, ...] = ()) -> None:
         """Start a server in a namespace under a UID; it ends with the pair."""
@@ -176,5 +193,15 @@ class Pair:
         _run("ip", "netns", "exec", self.pod, "nft", "flush", "ruleset")
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+def _unready(name: str, link: str) -> str:
+    """What is not ready yet in a namespace, empty if everything is."""
+    (state,) = json.loads(_run("ip", "-n", name, "-j", "link", "show", "dev", link))
+    if state["operstate"] != "UP":
+        return f"{link} is {state['operstate']}"
+    tentative = _run("ip", "-n", name, "-6", "-o", "addr", "show", "tentative").strip()
+    return f"tentative addresses: {tentative}" if tentative else ""
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=READY_S)
+    return done.stdout

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import ast
 import pathlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+SKIPS = {"pytest.skip", "pytest.mark.skip", "pytest.mark.skipif"}
+
+# Written in pieces, so that this file does not contain what it looks for.
+REGISTRIES = [
+    ".".join(words)
+    for words in (
+        ("pypi", "org"),
+        ("files", "pythonhosted", "org"),
+        ("registry", "npmjs", "org"),
+        ("proxy", "golang", "org"),
+        ("sum", "golang", "org"),
+        ("crates", "io"),
+        ("rubygems", "org"),
+        ("deb", "debian", "org"),
+        ("security", "debian", "org"),
+        ("archive", "ubuntu", "com"),
+    )
+]
+HOMES = [
+    "/".join(words)
+    for words in (("", "root"), ("", "work"), ("", "home", "me"), ("", "Users", "me"))
+]
+FOREIGN = re.compile(
+    "|".join(map(re.escape, REGISTRIES))
+    + r"|(?<![\w$}).-])/(?:root|work|home/(?!sandbox\b)[\w.-]+|Users/[\w.-]+)(?![\w-])"
+)
 
 
 def tracked(*patterns: str) -> list[pathlib.Path]:
@@ -34,13 +63,65 @@ def test_lock_files_have_hashes_and_no_urls() -> None:
         assert "://" not in text, f"{lock} names where a package came from"
 
 
+def skips(tree: ast.AST) -> Iterator[ast.Call]:
+    """Every call of `pytest.skip`, `pytest.mark.skip` and `pytest.mark.skipif`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in SKIPS:
+            yield node
+
+
+def says_why(call: ast.Call) -> bool:
+    words = call.args[1:] if ast.unparse(call.func).endswith("skipif") else call.args
+    return bool(words) or any(keyword.arg in ("reason", "msg") for keyword in call.keywords)
+
+
 def test_the_reason_of_every_test_that_is_skipped_is_told() -> None:
     for path in tracked("tests/*.py"):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if "pytest.skip(" in line or "mark.skip(" in line:
-                assert '"' in line or "'" in line or "reason" in line, (
-                    f"{path}:{number} skips without a reason"
-                )
+        for call in skips(ast.parse(path.read_text())):
+            assert says_why(call), f"{path}:{call.lineno} skips without a reason"
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("pytest.skip('no cluster')", True),
+        ("pytest.skip(\n    'no cluster'\n)", True),
+        ("pytest.mark.skipif(here, reason='no cluster')", True),
+        ("pytest.skip()", False),
+        ("pytest.mark.skip()", False),
+        ("pytest.mark.skipif(here)", False),
+    ],
+)
+def test_control_a_skip_without_a_reason_is_found(source: str, told: bool) -> None:
+    (call,) = skips(ast.parse(source))
+    assert says_why(call) is told
+
+
+def found_in(text: str) -> list[str]:
+    """Hosts of package registries and absolute home folders in a text."""
+    return [match.group() for match in FOREIGN.finditer(text)]
+
+
+def test_no_file_names_a_package_registry_or_somebodys_home() -> None:
+    for path in tracked():
+        try:
+            text = path.read_text()
+        except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
+            continue  # a picture, or deleted but not yet committed
+        assert not found_in(text), f"{path} names {found_in(text)}"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        *((f"https://{host}/simple", 1) for host in REGISTRIES),
+        *((f"cd {folder}/project", 1) for folder in HOMES),
+        ("the folder /home/sandbox of the image", 0),
+        ("/workspace/progress, /rootfs, $CACHE/work/base-root", 0),
+    ],
+)
+def test_control_registries_and_homes_are_found(text: str, count: int) -> None:
+    assert len(found_in(text)) == count
 
 
 @pytest.mark.parametrize(

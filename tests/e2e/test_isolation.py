@@ -127,8 +127,8 @@ def _haystacks(rig: Rig, session: Session) -> dict[str, str]:
     harness = session.holder()["metadata"]["name"]
     scan = (
         "env; cat /proc/*/environ /proc/*/cmdline 2>/dev/null | tr '\\0' '\\n'; "
-        "find / -path /proc -prune -o -path /sys -prune -o -type f -mmin -600 -size -200k -print 2>/dev/null | "
-        "head -800 | "
+        "find /workspace /tmp /home /root /run /var/run /var/lib /etc /mnt /opt /dev/shm -type f "
+        "-size -200k 2>/dev/null | "
         "xargs -r -d '\\n' cat 2>/dev/null; "
         "cat /run/secrets/*/* /var/run/secrets/*/* /var/run/secrets/*/*/* 2>/dev/null; true"
     )

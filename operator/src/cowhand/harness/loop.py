@@ -398,6 +398,10 @@ class SessionLoop:
         }
         events = [NewEvent(ev.MODEL_RESPONSE, data), _request_end(seq, "ok")]
         begin: tuple[ToolCall, ...] = ()
+        if uses:
+            # What the log held before the response came counts, also when its announcement is still under way.
+            await self._journal.sync()
+            self._signal()
         if uses and not self._stop_waits.is_set() and response.message["stop_reason"] != "refusal":
             created = self._journal.conversation.created
             assert created is not None

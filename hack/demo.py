@@ -247,7 +247,9 @@ def kills(demo: Demo, stamp: str) -> None:
             n - 1 : n
         ]
         wait_for("the end of the first turn", lambda: idle(1))
-        demo.cowhand("send", session, "The same again, please.").wait(timeout=60)
+        demo.cowhand("send", session, "The same again, please.", stdout=subprocess.DEVNULL).wait(
+            timeout=60
+        )
         wait_for("a call of the second turn", lambda: started(4))
         identity = demo.get("agentsession", session)["status"]["sessionID"]
         sandbox = demo.items("pods", f"cowhand.dev/session-id={identity}")[-1]

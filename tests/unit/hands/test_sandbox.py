@@ -382,3 +382,15 @@ async def test_provision_waits_and_says_why_not() -> None:
     outcome = await hand(Session(), Proxy(done())).provision()
     assert outcome is not None
     assert "no sandbox became ready" in outcome.content
+
+
+@pytest.mark.parametrize("status", [400, 403, 409, 500])
+async def test_what_a_sandbox_says_in_an_error_fits_the_log(status: int) -> None:
+    """Whatever runs in the sandbox can take sandboxd's place and answer anything."""
+    text = "\ud800" + "x" * (4 * MAX_BYTES)
+    answer = (status, {"error": {"type": "invalid", "message": text}})
+    proxy, session = Proxy(answer), Session(record())
+    outcome = await hand(session, proxy).execute(call())
+    assert outcome.is_error
+    events = [*session.events, NewEvent(ev.TOOL_RESULT, {"content": outcome.content})]
+    assert all(len(event.payload()) < 8192 for event in events)

@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 
 from cowhand.errors import BrokerUnavailable, Denied
+from cowhand.hands import transport as module
 from cowhand.hands.transport import (
     Broken,
     Endpoint,
@@ -240,3 +241,7 @@ async def test_keys_and_a_proxy_that_is_away(proxy: tuple[Proxy, ProxyCredential
     with pytest.raises(BrokerUnavailable):
         await away.keys()
     await away.close()
+
+
+async def test_json_without_end_is_no_json() -> None:
+    assert module._json(b"[" * 200_000) is None

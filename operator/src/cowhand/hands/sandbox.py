@@ -42,6 +42,9 @@ POLL_WAIT_MS: Final = 20_000
 
 INTERRUPT_TIMEOUT_S: Final = 3.0
 
+MAX_SAID: Final = 1000
+"""Characters of a refusal's message that are kept."""
+
 
 @dataclass(frozen=True)
 class SandboxSettings:
@@ -331,7 +334,9 @@ class SandboxHand:
     def _interpret(self, delivery: _Delivery, status: int, value: Any) -> Outcome | None:
         error = value.get("error") if isinstance(value, dict) else None
         kind = error.get("type") if isinstance(error, dict) else None
-        text = str(error.get("message", "")) if isinstance(error, dict) else ""
+        # Whatever runs in the sandbox can answer in sandboxd's place: this goes into the log.
+        said = str(error.get("message", "")) if isinstance(error, dict) else ""
+        text = cut_output(printable(said), MAX_SAID)
         if status == 200 and isinstance(value, dict):
             delivery.reached()
             delivery.may_have_run = True

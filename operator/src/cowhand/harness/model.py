@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ _BY_STATUS: Final = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+
+
+_MALFORMED: Final = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading an answer of another shape than the API's raises: the endpoint may send anything."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ def _classify_status(error: anthropic.APIStatusError) -> ModelError:
         after = float(headers["retry-after"])
     except (KeyError, ValueError):
         after = None
+    if after is not None and not math.isfinite(after):
+        after = None  # JSON has no such number
     message = error.api_message or str(error)
     return ModelError(kind, message, status=status, retry_after_s=after)
 
@@ -129,7 +136,7 @@ class AnthropicModel:
             return await self._stream(body, session_id, lease, on_text)
         except (anthropic.AnthropicError, httpx2.HTTPError, httpx2.StreamError) as err:
             raise classify(err) from err
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as err:
+        except _MALFORMED as err:
             raise ModelError("stream_cut", f"the stream is not valid: {err!r}") from err
 
     async def _stream(

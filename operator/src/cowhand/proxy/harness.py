@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 ANSWER_IDLE_S: Final = 600.0
 """Silence of the model that is tolerated: long thinking before the first token, long pings."""
 
+MAX_ANSWER: Final = 64 * 1024 * 1024
+"""Longest answer of the model that is passed on, in bytes: the harness keeps it in memory until it ends."""
+
 MAX_POOLS: Final = 64
 MAX_SMALL_BODY: Final = 64 * 1024
 
@@ -178,6 +181,7 @@ class HarnessProxy:
                 headers=upstream_headers(exchange.headers, credential),
                 answer=answer,
                 idle_s=self._limits.answer_idle_s,
+                max_answer=MAX_ANSWER,
             )
         except UpstreamError as err:
             raise Refusal(502, "api_error", f"The model's endpoint failed: {err}") from err

@@ -88,7 +88,7 @@ async def test_broken_keys_of_one_tenant(
 async def test_a_flood_of_projections_ends(
     world: tuple[Any, Operator, Seen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, operator, _ = world
+    _, operator, _ = world
     monkeypatch.setattr(module, "PROJECTION_ROUNDS", 3)
     taken: list[str] = []
 

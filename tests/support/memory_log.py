@@ -37,6 +37,7 @@ class _Session:
     ids: dict[str, int] = field(default_factory=dict)
     hands: dict[tuple[str, int], HandRecord] = field(default_factory=dict)
     retain_s: int | None = None
+    budget: dict[str, int] = field(default_factory=dict)
 
     def append(self, event: NewEvent) -> int:
         if event.id and event.id in self.ids:
@@ -157,6 +158,16 @@ class MemoryLog:
         self._projections[namespace].add(session_id)
         return session.append(event)
 
+    async def set_budget(self, namespace: str, session_id: str, event: NewEvent) -> int:
+        await self.enter()
+        session = self.find(namespace, session_id)
+        if event.id in session.ids:
+            return session.ids[event.id]
+        if session.state in ("closed", "terminated"):
+            raise SessionClosed(session_id)
+        session.budget = dict(event.data["budget"] or {})
+        return session.append(event)
+
     async def close(
         self, namespace: str, session_id: str, event: NewEvent, *, retain_s: int
     ) -> None:
@@ -238,6 +249,7 @@ class MemorySessions:
         if key in sessions:
             return Created(meta.session_id, existed=True)
         session = sessions[key] = _Session(meta)
+        session.budget = dict(new[0].data.get("budget") or {})
         for event in new:
             session.append(event)
         if any(event.type == events.SESSION_SUSPENDED for event in new):
@@ -272,6 +284,7 @@ class MemorySessions:
             next_seq=len(session.log) + 1,
             status=dict(session.status),
             created_ms=0,
+            budget=dict(session.budget),
         )
 
     async def follow(self, session_id: str, start: int = 1) -> AsyncIterator[Event]:

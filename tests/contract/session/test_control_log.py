@@ -9,6 +9,7 @@ import pytest
 
 from cowhand.errors import SessionClosed, SessionNotFound, UserError
 from cowhand.session import connect
+from cowhand.session import events as ev
 from cowhand.session import scripts as lua
 from cowhand.session.events import NewEvent
 from cowhand.session.log import Backlog, HandRecord, Held, StoreConfig
@@ -43,6 +44,38 @@ async def test_suspend_and_resume(log_roles):
     # A late repetition of the suspension changes nothing.
     assert await control.set_mode("team-a", sid, "suspended", make.suspended()) == 3
     assert (await log_roles.log.get_session(sid)).mode == "running"
+
+
+def updated(number: int, **budget: int) -> NewEvent:
+    return NewEvent(ev.SESSION_UPDATED, {"budget": budget or None}, id=f"budget:{number}")
+
+
+async def test_a_budget_is_set_once_and_wakes_nobody(log_roles):
+    log, control, worker = log_roles.log, log_roles.control, log_roles.worker
+    sid = make.new_sid()
+    first = replace(make.created(), data={"name": "fix-it", "budget": {"max_tokens": 1}})
+    await log.create_session(make.meta(sid), [first])
+    assert (await log.get_session(sid)).budget == {"max_tokens": 1}
+    assert await control.set_budget("team-a", sid, updated(2, max_tokens=2)) == 2
+    assert (await log.get_session(sid)).budget == {"max_tokens": 2}
+    assert await control.set_budget("team-a", sid, updated(3)) == 3
+    # A late repetition of the older edit changes nothing.
+    assert await control.set_budget("team-a", sid, updated(2, max_tokens=2)) == 2
+    assert (await log.get_session(sid)).budget == {}
+    assert (await control.backlog("team-a")).ready == 0
+    lease = await make.take(worker, sid)
+    await control.set_budget("team-a", sid, updated(4, max_tool_calls=4))
+    assert await worker.beat() == {sid}, "the holder is nudged"
+    assert not (await worker.park(lease, 5)).parked, "it must read the edit before it parks"
+    with pytest.raises(ValueError, match=r"session\.updated"):
+        await control.set_budget("team-a", sid, make.suspended())
+    with pytest.raises(UserError, match="cannot be emitted"):
+        await log.emit_event(sid, updated(5))
+    with pytest.raises(SessionNotFound):
+        await control.set_budget("team-a", make.new_sid(), updated(1))
+    await control.close("team-a", sid, make.deleted(), retain_s=60)
+    with pytest.raises(SessionClosed):
+        await control.set_budget("team-a", sid, updated(6))
 
 
 async def test_resuming_wakes_only_a_session_that_has_work(log_roles):

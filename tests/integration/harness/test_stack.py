@@ -15,7 +15,7 @@ from cowhand.hands.base import Outcome
 from cowhand.harness.fold import Conversation
 from cowhand.session import events as ev
 from cowhand.session.events import Event, NewEvent
-from support.harness_rig import user
+from support.harness_rig import NAMESPACE, user
 from support.harness_stack import Stack, stack
 from support.store import Store
 
@@ -127,6 +127,21 @@ async def test_a_response_of_300_kib_is_logged_executed_and_sent_back(here: Stac
     assert (here.pods[session_id, "main", 1].workdir / "big.txt").read_text() == content
     assert answer(events).split()[-1] == str(len(content))
     assert (await audit(here, session_id)).idle == {"type": "end_turn"}
+
+
+async def test_a_raised_budget_lets_the_next_message_go_on(here: Stack) -> None:
+    await here.script("s", bash(COUNT), bash(COUNT), say("done"))
+    await here.local_worker()
+    session_id = await here.create("[[script:s]]", budget={"max_tool_calls": 1})
+    await here.settled(session_id)
+    assert (await here.state(session_id)).status["stop_reason"] == {"type": "budget_reached"}
+    raised = NewEvent(ev.SESSION_UPDATED, {"budget": {"max_tool_calls": 5}, **ACTOR}, id="budget:2")
+    await here.store.control_log().set_budget(NAMESPACE, session_id, raised)
+    await here.emit(session_id, user("go on", "m2"))
+    events = await here.settled(session_id, turns=2)
+    assert answer(events) == "done"
+    assert await counted(here, session_id) == "x\nx\n"
+    assert (await audit(here, session_id)).budget == {"max_tool_calls": 5}
 
 
 async def test_an_eager_sandbox_comes_before_the_first_request(here: Stack) -> None:

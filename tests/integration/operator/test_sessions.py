@@ -142,6 +142,21 @@ async def test_suspend_and_resume(rig: Rig) -> None:
     assert rig.log.ids(NS, sid)[-2:] == ["mode:2", "mode:3"]
 
 
+async def test_an_edited_budget_reaches_the_log_once_for_each_edit(rig: Rig) -> None:
+    sid = await start(rig, budget={"maxTokens": 5})
+    assert rig.log.session(NS, sid).budget == {"max_tokens": 5}
+    for tokens in (6, 5, None):
+        budget = None if tokens is None else {"maxTokens": tokens}
+        await rig.kube.apply(session(budget=budget), manager="kubectl")
+        await rig.settle()
+        await rig.look(AS, "one")
+    assert rig.log.ids(NS, sid)[2:] == ["budget:2", "budget:3", "budget:4"]
+    updates = [e.data for e in rig.log.session(NS, sid).log if e.type == "session.updated"]
+    assert [data["budget"] for data in updates] == [{"max_tokens": 6}, {"max_tokens": 5}, None]
+    assert updates[0]["actor"] == {"user": f"agentsession:{NS}/one", "via": "kubernetes"}
+    assert await rig.condition(AS, "one", "Reconciling") is None
+
+
 async def test_made_suspended_it_never_runs_in_between(rig: Rig) -> None:
     sid = await start(rig, operatingMode="Suspended")
     assert rig.log.types(NS, sid) == ["session.created", "user.message", "session.suspended"]

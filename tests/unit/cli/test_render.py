@@ -73,6 +73,16 @@ def test_five_lines_are_not_folded_to_save_one():
     assert len(drawn(result("a\nb\nc\nd\ne"))) == 6
 
 
+def test_a_changed_budget_names_its_limits():
+    rows = [
+        (ev.SESSION_UPDATED, {"budget": {"max_tokens": 9}, "actor": {"user": "jane"}}),
+        (ev.SESSION_UPDATED, {"budget": None}),
+    ]
+    first, second = drawn(rows)
+    assert "budget: max_tokens 9 by jane" in first
+    assert "budget: no limits" in second
+
+
 def test_long_lines_are_cut_to_the_terminal():
     (_, line) = drawn(result("x" * 500))
     assert len(line) == 90
@@ -99,6 +109,7 @@ def test_untrusted_text_cannot_reach_the_terminal_controls(nasty):
         (ev.TOOL_PENDING, {"tool_use_id": nasty, "name": nasty, "permission": "Ask"}),
         (ev.MODEL_REQUEST_END, {"outcome": "error", "error": {"type": nasty, "message": nasty}}),
         (ev.STATUS_IDLE, {"stop_reason": {"type": nasty}}),
+        (ev.SESSION_UPDATED, {"budget": {nasty: nasty}, "actor": {"user": nasty}}),
         (nasty, {}),
         *result(nasty),
     ]

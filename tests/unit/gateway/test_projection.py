@@ -93,6 +93,8 @@ def test_the_strict_sdk_takes_every_event():
         (ev.SESSION_ERROR, {"error": {"type": "overloaded_error", "message": "busy"}}),
         (ev.SESSION_ERROR, {"error": {"type": "something_new", "message": "?"}}),
         (ev.STATUS_TERMINATED, {}),
+        (ev.SESSION_UPDATED, {"budget": {"max_tokens": 9}, "actor": ACTOR}),
+        (ev.SESSION_UPDATED, {"budget": None, "actor": ACTOR}),
         (ev.SESSION_DELETED, {"actor": ACTOR}),
     ]
     publics = projected(rows)

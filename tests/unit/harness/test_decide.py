@@ -490,10 +490,33 @@ def test_a_budget_is_checked_before_each_request(budget: dict[str, int]) -> None
     log = Log(budget=budget).say().tools(tool_use("a")).started("a").result("a")
     assert appended(log.step()) == [("idle", "budget_reached")]
     assert log.do().step() == Park()
-    assert log.say("more").step() == Park()
+    assert appended(log.say("more").step()) == [("idle", "budget_reached")]
+    assert log.do().step() == Park()
     roomy = Log(budget={key: value + 1 for key, value in budget.items()})
     roomy.say().tools(tool_use("a")).started("a").result("a")
     assert isinstance(roomy.step(), SendRequest)
+
+
+def updated(budget: dict[str, int] | None) -> NewEvent:
+    return NewEvent(ev.SESSION_UPDATED, {"budget": budget, **ACTOR})
+
+
+def test_the_newest_budget_counts() -> None:
+    log = Log(budget={"max_tool_calls": 1}).say().tools(tool_use("a")).started("a")
+    log.put(updated({"max_tool_calls": 2})).result("a")
+    assert isinstance(log.step(), SendRequest)
+    assert appended(log.put(updated({"max_tool_calls": 1})).step()) == [("idle", "budget_reached")]
+    assert isinstance(log.put(updated(None)).step(), SendRequest)
+    assert log.fold().budget == {}
+
+
+def test_a_raised_budget_alone_starts_nothing_and_the_next_message_gets_all_that_waits() -> None:
+    log = Log(budget={"max_tool_calls": 1}).say().tools(tool_use("a")).started("a").result("a").do()
+    assert log.put(updated({"max_tool_calls": 9})).step() == Park()
+    step = log.say("go on").step()
+    assert isinstance(step, SendRequest)
+    last = log.fold().prompt(step.horizon)[-1]
+    assert [block.type for block in last.blocks] == ["tool_result", "text"]
 
 
 def test_tokens_of_iterations_count() -> None:

@@ -77,6 +77,7 @@ def table() -> dict[str, SessionSnapshot]:
         "suspended": snapshot(view(mode="suspended", waiting=True), suspended),
         "suspending": snapshot(view(state="running"), suspended),
         "delivering": snapshot(view("end_turn"), two, delivered=frozenset({"a"})),
+        "budget changed": snapshot(view("end_turn"), session(budget={"maxTokens": 5})),
         "adopted": snapshot(view("end_turn", state="closed"), adopted=True),
         "adopted, log gone": snapshot(Absent(), adopted=True),
         "ended": snapshot(view("end_turn", state="terminated")),
@@ -107,6 +108,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "suspended": {"Ready": ("True", "Suspended"), "TurnComplete": ("False", "Suspended")},
     "suspending": {"Reconciling": ("True", "ChangingMode")},
     "delivering": {"Reconciling": ("True", "Delivering")},
+    "budget changed": {"Reconciling": ("True", "ChangingBudget")},
     "adopted": {"Ready": ("True", "AlreadyRan"), "Succeeded": ("True", "Completed")},
     "adopted, log gone": {"Ready": ("True", "AlreadyRan")},
     "ended": {"Ready": ("True", "Terminated"), "Succeeded": ("True", "Completed")},
@@ -230,3 +232,34 @@ def test_time_to_live(reason: str, age: int, gone: bool) -> None:
     of = of.model_copy(update={"status": status})
     plan = reconcile_session(snapshot(view(reason), of), NOW + timedelta(seconds=age))
     assert plan.delete_self is gone
+
+
+@pytest.mark.parametrize(
+    ("spec", "in_log", "planned"),
+    [
+        (None, {}, None),
+        ({"maxTokens": 5}, {"max_tokens": 5}, None),
+        ({"maxTokens": 5}, {}, {"max_tokens": 5}),
+        ({"maxToolCalls": 7}, {"max_tokens": 5}, {"max_tool_calls": 7}),
+        ({"maxTokens": 6, "maxToolCalls": 7}, {"max_tokens": 5, "max_tool_calls": 7},
+         {"max_tokens": 6, "max_tool_calls": 7}),
+        (None, {"max_tokens": 5}, {}),
+        ({}, {"max_tokens": 5}, {}),
+    ],
+)  # fmt: skip
+def test_a_changed_budget_goes_into_the_log(spec: Any, in_log: Any, planned: Any) -> None:
+    of = session(budget=spec) if spec is not None else session()
+    plan = reconcile_session(snapshot(view("end_turn", budget=in_log), of), NOW)
+    assert plan.budget == planned
+    assert plan.observe_again == (planned is not None)
+    ended = snapshot(view("end_turn", budget=in_log, state="terminated"), of)
+    assert reconcile_session(ended, NOW).budget is None
+    adopted = snapshot(view("end_turn", budget=in_log), of, adopted=True)
+    assert reconcile_session(adopted, NOW).budget is None
+
+
+def test_an_unreadable_spec_changes_neither_mode_nor_budget() -> None:
+    log = view(mode="suspended", budget={"max_tokens": 5})
+    snap = snapshot(log, refusal=Refusal("InvalidSpec", "spec.agent: no"))
+    plan = reconcile_session(snap, NOW)
+    assert (plan.mode, plan.budget) == (None, None)

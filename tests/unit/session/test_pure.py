@@ -122,16 +122,25 @@ def test_an_entry_that_is_no_event_is_refused():
 
 
 def test_payload_limit_counts_bytes():
-    fits = NewEvent("user.message", {"x": "a" * (65_536 - 39)})
-    assert len(codec.checked_payload(fits)) <= 65_536
+    fits = NewEvent("user.message", {"x": "a" * (1024 * 1024 - 39)})
+    assert len(codec.checked_payload(fits)) <= 1024 * 1024
     with pytest.raises(UserError, match="split it"):
-        codec.checked_payload(NewEvent("user.message", {"x": "ü" * 40_000}))
+        codec.checked_payload(NewEvent("user.message", {"x": "ü" * 600_000}))
 
 
 STATE = {
     **{"ns": "team", "name": "fix", "uid": "u", "tomb": "", "model": "{}", "st": "{}"},
     **{"state": "idle", "mode": "running", "lease": "", "epoch": "0", "next": "2", "created": "1"},
 }
+
+
+def test_the_budget_of_a_meta_hash():
+    sid = "sesn_" + "0" * 32
+    assert codec.session_state(sid, "team", meta_hash()).budget == {}
+    raw = meta_hash(bud='{"max_tokens":5}')
+    assert codec.session_state(sid, "team", raw).budget == {"max_tokens": 5}
+    with pytest.raises(LogIncompatible, match="bud"):
+        codec.session_state(sid, "team", meta_hash(bud="5"))
 
 
 def meta_hash(**changes: str) -> dict[bytes, bytes]:

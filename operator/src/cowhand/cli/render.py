@@ -320,6 +320,13 @@ def _error(_: Data, data: Data, __: Style) -> list[Entry]:
     return [Entry("✗", "error", f"{text} ({retry})" if retry else text, RED)]
 
 
+def _updated(_: Data, data: Data, __: Style) -> list[Entry]:
+    limits = data.get("budget") or {}
+    text = ", ".join(f"{safe(str(key))} {safe(str(value))}" for key, value in limits.items())
+    who = f" by {_actor(data)}" if _actor(data) else ""
+    return [Entry("·", "budget", f"budget: {text or 'no limits'}{who}", YELLOW)]
+
+
 def _plain(symbol: str, label: str, text: str, tone: str = "", *, quiet: bool = False) -> Any:
     def build(_: Data, data: Data, __: Style) -> list[Entry]:
         who = f" by {_actor(data)}" if _actor(data) else ""
@@ -341,6 +348,7 @@ _BUILDERS: Final[Mapping[str, Callable[[Data, Data, Style], list[Entry]]]] = {
     "session.status_terminated": _plain("■", "ended", "session terminated", RED),
     "session.suspended": _plain("■", "suspend", "suspended", YELLOW),
     "session.resumed": _plain("▶", "resume", "resumed", GREEN),
+    "session.updated": _updated,
     "session.deleted": _plain("■", "deleted", "the log ends here", YELLOW),
     "session.exec": _exec,
     "session.error": _error,

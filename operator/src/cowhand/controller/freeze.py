@@ -23,6 +23,7 @@ from cowhand.api.v1alpha1 import (
 from cowhand.desired import environment as environments
 from cowhand.errors import UserError
 from cowhand.hands import toolset
+from cowhand.reconcile.session_status import wanted_budget
 from cowhand.session import events
 from cowhand.session.events import NewEvent
 from cowhand.session.log import SessionMeta
@@ -111,6 +112,12 @@ def mode_event(session: AgentSession, suspended: bool) -> NewEvent:
     kind = events.SESSION_SUSPENDED if suspended else events.SESSION_RESUMED
     identity = f"mode:{session.metadata.generation}"
     return NewEvent(kind, {"actor": actor(session)}, id=identity)
+
+
+def budget_event(session: AgentSession, budget: Mapping[str, int]) -> NewEvent:
+    """The event of a change of spec.budget, deduplicated by generation."""
+    data = {"budget": dict(budget) or None, "actor": actor(session)}
+    return NewEvent(events.SESSION_UPDATED, data, id=f"budget:{session.metadata.generation}")
 
 
 def freeze(
@@ -214,7 +221,7 @@ def _created(
         "permissions": dict(permissions),
         "hands": [_hand(session, hand, found, defaults) for hand in agent.hands],
         "resources": [resource.to_json() for resource in spec.resources],
-        "budget": _budget(spec),
+        "budget": wanted_budget(spec),
         "assembler": ASSEMBLER,
     }
     if spec.title:
@@ -239,10 +246,3 @@ def _hand(
         "environment": resolved.to_json(),
         "environment_ref": ref.name if ref is not None else "",
     }
-
-
-def _budget(spec: AgentSessionSpec) -> dict[str, int]:
-    if spec.budget is None:
-        return {}
-    pairs = {"max_tokens": spec.budget.max_tokens, "max_tool_calls": spec.budget.max_tool_calls}
-    return {key: value for key, value in pairs.items() if value is not None}

@@ -111,6 +111,7 @@ async def log_view(log: SessionLog, state: SessionState) -> LogView:
         last_seq=state.next_seq - 1,
         document=state.status,
         waiting=waiting,
+        budget=state.budget,
     )
 
 

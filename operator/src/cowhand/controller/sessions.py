@@ -177,13 +177,18 @@ class SessionController:
     async def _steer(
         self, namespace: str, snap: SessionSnapshot, plan: SessionPlan, state: Pass
     ) -> None:
-        """Mode and messages."""
+        """Mode, budget and messages; a message may need the new budget."""
         session, session_id, mode = snap.session, snap.session_id, plan.mode
         try:
             if mode is not None:
                 event = freeze.mode_event(session, suspended=mode == "suspended")
                 await self._logs.call(
                     lambda: self._logs.control.set_mode(namespace, session_id, mode, event)
+                )
+            if plan.budget is not None:
+                changed = freeze.budget_event(session, plan.budget)
+                await self._logs.call(
+                    lambda: self._logs.control.set_budget(namespace, session_id, changed)
                 )
             sessions = self._logs.sessions(namespace)
             for send in plan.send:

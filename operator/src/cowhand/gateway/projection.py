@@ -174,6 +174,11 @@ def _bare(event: Event, context: Context) -> list[Public]:
     return [_base(event, context)]
 
 
+def _updated(event: Event, context: Context) -> list[Public]:
+    # The official field `budget` is an amount of money; ours counts tokens and calls.
+    return [{**_base(event, context), "cowhand_budget": event.data.get("budget")}]
+
+
 def _user(event: Event, context: Context) -> list[Public]:
     out = _base(event, context)
     taken = context.processed.get(event.seq)
@@ -314,5 +319,6 @@ _BUILDERS: Final[Mapping[str, Callable[[Event, Context], list[Public]]]] = {
     ev.STATUS_RESCHEDULED: _bare,
     ev.STATUS_TERMINATED: _bare,
     ev.SESSION_ERROR: _error,
+    ev.SESSION_UPDATED: _updated,
     ev.SESSION_DELETED: _bare,
 }

@@ -269,7 +269,7 @@ def _tools_step(conversation: Conversation) -> Step:
 
 def over_budget(conversation: Conversation) -> bool:
     """A limit of the budget is reached; checked before each request."""
-    budget = (conversation.created or {}).get("budget") or {}
+    budget = conversation.budget
     tokens, calls = budget.get("max_tokens"), budget.get("max_tool_calls")
     return (tokens is not None and total_tokens(conversation.status) >= tokens) or (
         calls is not None and conversation.status["tool_calls"] >= calls
@@ -278,7 +278,7 @@ def over_budget(conversation: Conversation) -> bool:
 
 def _request_step(conversation: Conversation) -> Step:
     if over_budget(conversation):
-        if conversation.idle is not None and conversation.idle["type"] == "budget_reached":
+        if conversation.refused:
             return Park()
         return Append((idle("budget_reached"),))
     if not conversation.prefix_matches():

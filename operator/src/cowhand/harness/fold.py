@@ -117,6 +117,8 @@ class Conversation:
             final error came after them. The next request shows them all the same.
         suspended: the session is suspended.
         closed: the log has ended.
+        budget: limits in force, of `session.created` or the newest `session.updated`.
+        refused: the budget stopped the session after the newest message came.
         wakes: wakes in a row without progress.
         status: status document, see `status`.
     """
@@ -146,6 +148,8 @@ class Conversation:
     silenced: int = 0
     suspended: bool = False
     closed: bool = False
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    refused: bool = False
     wakes: int = 0
     status: dict[str, Any] = field(default_factory=st.empty_status)
     _turn_start: int = 0
@@ -249,11 +253,17 @@ class Conversation:
                 f"release has {ASSEMBLER}: wake it with the release that made it"
             )
         self.created = data
+        self.budget = data.get("budget") or {}
+
+    def _updated(self, seq: int, data: Mapping[str, Any]) -> None:
+        if "budget" in data:
+            self.budget = data["budget"] or {}
 
     def _message(self, seq: int, data: Mapping[str, Any]) -> None:
         blocks = content_blocks(data["content"])
         if blocks:
             self.queued.append(Queued(seq, blocks))
+            self.refused = False
             self.wakes = 0
 
     def _interrupt(self, seq: int, data: Mapping[str, Any]) -> None:
@@ -400,6 +410,7 @@ class Conversation:
 
     def _status_idle(self, seq: int, data: Mapping[str, Any]) -> None:
         self.idle = data["stop_reason"]
+        self.refused = self.idle["type"] == "budget_reached"
         self.wakes = 0
         if self.idle["type"] in st.ENDS_TURN:
             self.ended = True
@@ -432,6 +443,7 @@ _HANDLERS: Final[Mapping[str, Callable[[Conversation, int, Mapping[str, Any]], N
     ev.SESSION_CREATED: Conversation._created,
     ev.SESSION_SUSPENDED: Conversation._suspended,
     ev.SESSION_RESUMED: Conversation._resumed,
+    ev.SESSION_UPDATED: Conversation._updated,
     ev.SESSION_DELETED: Conversation._deleted,
     ev.SESSION_WAKE: Conversation._wake,
     ev.USER_MESSAGE: Conversation._message,

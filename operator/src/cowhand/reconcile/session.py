@@ -24,7 +24,7 @@ from cowhand.reconcile.session_snapshot import (
     Unreachable,
     Wish,
 )
-from cowhand.reconcile.session_status import session_status, wanted_mode
+from cowhand.reconcile.session_status import session_status, wanted_budget, wanted_mode
 
 FINALIZER_PATIENCE: Final = timedelta(seconds=54)
 """After so long a dead store no longer holds up the deletion of an object; the last try takes the rest of a
@@ -71,14 +71,22 @@ def _start(snap: SessionSnapshot) -> SessionPlan:
 
 
 def _steer(snap: SessionSnapshot, log: LogView, plan: SessionPlan) -> SessionPlan:
-    """Mode and messages that the spec asks for and the log does not have."""
+    """Mode, budget and messages that the spec asks for and the log does not have."""
+    if snap.refusal is not None:
+        return plan  # nobody knows what an unreadable spec asks for
     mode = wanted_mode(snap)
     send = tuple(
         Send(message.id, message.content)
         for message in snap.session.spec.messages or ()
         if message.id not in snap.delivered
     )
-    return replace(plan, mode=None if log.mode == mode else mode, send=send)
+    budget = wanted_budget(snap.session.spec)
+    return replace(
+        plan,
+        mode=None if log.mode == mode else mode,
+        budget=None if log.budget == budget else budget,
+        send=send,
+    )
 
 
 def _hands(

@@ -38,6 +38,7 @@ class LogView:
         last_seq: position of the newest event.
         document: the harness's status document (docs/interfaces.md section 3), may be empty.
         waiting: input stands in the log that no turn has answered yet.
+        budget: limits in force, in the words of the log.
     """
 
     state: Literal["idle", "running", "rescheduling", "terminated", "closed"]
@@ -45,6 +46,7 @@ class LogView:
     last_seq: int
     document: Mapping[str, Any]
     waiting: bool = False
+    budget: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ended(self) -> bool:
@@ -161,6 +163,7 @@ class SessionPlan:
         add_finalizer: before anything is written to the log.
         create: make the session in the log.
         mode: mode to set in the log, or None.
+        budget: limits to set in the log (empty: no limits), or None.
         send: messages to append.
         close: end the log.
         losses: hand records to end.
@@ -175,6 +178,7 @@ class SessionPlan:
     add_finalizer: bool = False
     create: bool = False
     mode: Literal["running", "suspended"] | None = None
+    budget: Mapping[str, int] | None = None
     send: tuple[Send, ...] = ()
     close: bool = False
     losses: tuple[Loss, ...] = ()
@@ -188,4 +192,5 @@ class SessionPlan:
     @property
     def observe_again(self) -> bool:
         """The plan changes the log, so that the status must be computed from a new snapshot."""
-        return self.create or self.mode is not None or bool(self.send)
+        steered = self.mode is not None or self.budget is not None or bool(self.send)
+        return self.create or steered

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any, Final, Literal
 
 from cowhand.api.v1alpha1 import (
+    AgentSessionSpec,
     AgentSessionStatus,
     ErrorStatus,
     HandStatus,
@@ -201,6 +202,8 @@ def _on_its_way(snap: SessionSnapshot) -> SessionReconciling | None:
         return None
     if snap.log.mode != wanted_mode(snap):
         return SessionReconciling.CHANGING_MODE
+    if snap.refusal is None and snap.log.budget != wanted_budget(snap.session.spec):
+        return SessionReconciling.CHANGING_BUDGET
     if any(message.id not in snap.delivered for message in snap.session.spec.messages or ()):
         return SessionReconciling.DELIVERING
     return None
@@ -209,6 +212,14 @@ def _on_its_way(snap: SessionSnapshot) -> SessionReconciling | None:
 def wanted_mode(snap: SessionSnapshot) -> Literal["running", "suspended"]:
     """Mode that the spec asks for, in the words of the log."""
     return "suspended" if snap.session.spec.operating_mode == "Suspended" else "running"
+
+
+def wanted_budget(spec: AgentSessionSpec) -> dict[str, int]:
+    """Limits that the spec asks for, in the words of the log; empty for none."""
+    if spec.budget is None:
+        return {}
+    pairs = {"max_tokens": spec.budget.max_tokens, "max_tool_calls": spec.budget.max_tool_calls}
+    return {key: value for key, value in pairs.items() if value is not None}
 
 
 def _doomed(snap: SessionSnapshot) -> SessionStalled | None:

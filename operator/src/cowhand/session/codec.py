@@ -59,8 +59,9 @@ def session_state(session_id: str, namespace: str, raw: Mapping[bytes, bytes]) -
         model, status = json.loads(text["model"]), json.loads(text["st"])
         if text["ns"] != namespace:
             raise ValueError("it names another namespace")
-        if not isinstance(model, dict) or not isinstance(status, dict):
-            raise ValueError("model and st must be objects")
+        budget = json.loads(text.get("bud", "{}"))
+        if not all(isinstance(part, dict) for part in (model, status, budget)):
+            raise ValueError("model, st and bud must be objects")
         meta = SessionMeta(
             session_id=session_id,
             namespace=namespace,
@@ -78,6 +79,7 @@ def session_state(session_id: str, namespace: str, raw: Mapping[bytes, bytes]) -
             next_seq=int(text["next"]),
             status=status,
             created_ms=int(text["created"]),
+            budget=budget,
         )
     except (KeyError, ValueError, RecursionError) as err:
         why = f"it lacks {err}" if isinstance(err, KeyError) else str(err)

@@ -13,6 +13,7 @@ from cowhand.session.events import (
     SESSION_DELETED,
     SESSION_RESUMED,
     SESSION_SUSPENDED,
+    SESSION_UPDATED,
     NewEvent,
 )
 from cowhand.session.keys import GROUP
@@ -48,6 +49,19 @@ class RedisControlLog:
             "set_mode",
             self._store.keys(namespace).session(session_id),
             *(event.id, event.type, codec.checked_payload(event), INLINE_LIMIT, mode),
+        )
+        return int(reply[1])
+
+    async def set_budget(self, namespace: str, session_id: str, event: NewEvent) -> int:
+        """See `log.ControlLog.set_budget`."""
+        if event.type != SESSION_UPDATED:
+            raise ValueError(f"a budget goes with {SESSION_UPDATED}, not {event.type}")
+        check_event_id(event)
+        reply = await self._store.script(
+            "ingest",
+            self._store.keys(namespace).session(session_id),
+            *(event.id, event.type, codec.checked_payload(event), INLINE_LIMIT, 0),
+            codec.dump(event.data["budget"] or {}),
         )
         return int(reply[1])
 

@@ -26,6 +26,7 @@ CREATE_LIMIT: Final = 2 * INLINE_LIMIT
 SESSION_CREATED: Final = "session.created"
 SESSION_SUSPENDED: Final = "session.suspended"
 SESSION_RESUMED: Final = "session.resumed"
+SESSION_UPDATED: Final = "session.updated"
 SESSION_DELETED: Final = "session.deleted"
 SESSION_EXEC: Final = "session.exec"
 USER_MESSAGE: Final = "user.message"
@@ -56,6 +57,7 @@ EXTERNAL: Final = frozenset(
         SESSION_CREATED,
         SESSION_SUSPENDED,
         SESSION_RESUMED,
+        SESSION_UPDATED,
         SESSION_DELETED,
         SESSION_EXEC,
         USER_MESSAGE,

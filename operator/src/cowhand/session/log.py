@@ -58,6 +58,7 @@ class SessionState:
         next_seq: position of the next event; the last one is `next_seq - 1`.
         status: last status the harness wrote with an append (see docs/interfaces.md), empty before.
         created_ms: milliseconds since the epoch, store clock.
+        budget: limits in force: those of `session.created`, or of the newest `session.updated`.
     """
 
     meta: SessionMeta
@@ -68,6 +69,7 @@ class SessionState:
     next_seq: int
     status: dict[str, Any]
     created_ms: int
+    budget: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -316,6 +318,14 @@ class ControlLog(Protocol):
 
         `event` is `session.suspended` or `session.resumed`, deduplicated by id (a repeated id changes nothing).
         A holder is nudged, not fenced: it parks by itself. Resuming makes the session ready if it has work.
+        Raises SessionNotFound, SessionClosed (also if `terminated`).
+        """
+
+    async def set_budget(self, namespace: str, session_id: str, event: NewEvent) -> int:
+        """Ingest a `session.updated` with the new budget; answers its position.
+
+        Deduplicated by id; `SessionState.budget` changes in the same script. A holder is nudged and acts on it
+        before its next request; an idle session is not made ready.
         Raises SessionNotFound, SessionClosed (also if `terminated`).
         """
 

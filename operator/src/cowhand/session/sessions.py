@@ -43,7 +43,7 @@ POLL_SECONDS: Final = 5.0
 """How often a follower looks without being nudged."""
 
 EMITTABLE: Final = frozenset({USER_MESSAGE, USER_INTERRUPT, USER_TOOL_CONFIRMATION, SESSION_EXEC})
-"""What `emit_event` takes; the other external types belong to create_session, set_mode and close."""
+"""What `emit_event` takes; the other external types belong to create_session and to ControlLog."""
 
 QUIET: Final = frozenset({SESSION_EXEC})
 """External events that give a harness nothing to do: they do not make the session ready."""
@@ -89,6 +89,7 @@ class RedisSessionLog:
             len(events),
             *words,
             *codec.meta_fields(meta),
+            *("bud", codec.dump(events[0].data.get("budget") or {})),
         )
         if meta.tombstone:
             key = self._keys.tombstone(meta.tombstone)

@@ -91,6 +91,10 @@ class SessionReconciling(Reason):
         "ChangingMode",
         "True: operatingMode has changed and the log does not say so yet.",
     )
+    CHANGING_BUDGET = (
+        "ChangingBudget",
+        "True: spec.budget has changed and the log does not say so yet.",
+    )
     STORE_UNAVAILABLE = "StoreUnavailable", "True: the store does not answer; it is tried again."
     DELETING = "Deleting", "True: the log is being ended."
 

@@ -121,7 +121,8 @@ class AgentSessionSpec(Model):
     operating_mode: OperatingMode = "Running"
     """operatingMode is Running, or Suspended: then no model request and no tool call starts."""
     budget: Budget | None = None
-    """budget limits the whole session."""
+    """budget limits the whole session. A change takes effect before the next model request; a session
+    that stopped with BudgetReached goes on when the next message comes."""
     deletion_policy: Literal["Retain", "Delete"] = "Retain"
     """deletionPolicy says what becomes of the log when this object is deleted: Retain keeps it for
     the chart's retention time, Delete removes it at once."""

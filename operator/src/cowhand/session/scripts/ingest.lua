@@ -1,5 +1,5 @@
 -- External append, any writer, deduplicated by event id.
--- KEYS: meta, log, dedupe, ready, workers, own.  ARGV: base, sid, eid, type, payload, limit, wakes(0|1)
+-- KEYS: meta, log, dedupe, ready, workers, own.  ARGV: base, sid, eid, type, payload, limit, wakes(0|1), new budget?
 local META, LOG, DEDUPE, READY, WORKERS, OWN = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local m = redis.call('HMGET', META, 'state', 'next', 'lease', 'rdy', 'mode')
 local state, nxt, lease, rdy, mode = m[1], m[2], m[3], m[4], m[5]
@@ -13,6 +13,7 @@ local seq = tonumber(nxt)
 put(LOG, seq, ARGV[4], ARGV[3], now, '', ARGV[5])
 redis.call('HSET', META, 'next', seq + 1)
 redis.call('HSET', DEDUPE, ARGV[3], seq)
+if ARGV[8] then redis.call('HSET', META, 'bud', ARGV[8]) end
 tail(seq)
 nudge(lease, seq)
 if ARGV[7] == '1' then

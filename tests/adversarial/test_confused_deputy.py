@@ -191,7 +191,7 @@ async def test_b34_a_certificate_of_another_ca_gets_nothing(tmp_path: Path) -> N
 async def test_a10_b11_a_base_url_at_the_metadata_address_is_not_dialled(chain: Rig) -> None:
     state = chain.world.logs.sessions["team", SESSION]
     state.meta.model["base_url"] = "http://169.254.169.254"
-    chain.world.secret("169.254.169.254")
+    chain.world.secret("169.254.169.254:80")
     answer = await ask(chain, messages())
     assert answer.status == 502
     assert "never dialled" in answer.json()["error"]["message"]

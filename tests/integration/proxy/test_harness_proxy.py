@@ -152,7 +152,7 @@ async def test_early_answer_while_the_body_is_still_coming(chain: Rig) -> None:
     port = early.sockets[0].getsockname()[1]
     state = chain.world.logs.sessions["team", SESSION]
     state.meta.model["base_url"] = f"http://localhost:{port}"
-    chain.world.secret("localhost")
+    chain.world.secret(f"localhost:{port}")
     client = await chain.open((await chain.harness()).port)
     await client.send(messages("content-length: 1000000", body=b"") + b"x" * 1000)
     answer = await client.read()

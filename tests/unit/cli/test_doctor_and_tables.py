@@ -122,7 +122,7 @@ def test_what_is_wrong_is_named_with_its_remedy(change, what, verdict, says):
     assert says in found[1]
 
 
-@pytest.mark.parametrize("hosts", ["models.svc", "models.svc:8080", "x,Models.svc"])
+@pytest.mark.parametrize("hosts", ["models.svc:8080", "x,Models.svc:8080"])
 def test_the_hosts_that_the_broker_accepts_are_ok_here_too(hosts):
     seen = healthy()
     seen.secret["metadata"]["annotations"] = {"cowhand.dev/allowed-hosts": hosts}

@@ -293,7 +293,9 @@ def check_allowed_host(base_url: str, secret: str, annotation: str) -> Refusal |
     Args:
         base_url: where the key would be sent.
         secret: name of the Secret, for the message.
-        annotation: value of `cowhand.dev/allowed-hosts`: `host` (any port) or `host:port`.
+        annotation: value of `cowhand.dev/allowed-hosts`: `host` (any port, https only) or `host:port`.
+            Plain HTTP needs the port, and never 443: the base URL of a session stands in the store, where
+            its tenant's harness could take the `s` away.
     """
     wrong = Refusal("invalid", f"The model's base URL {base_url!r} is not http(s)://host.")
     try:
@@ -306,11 +308,15 @@ def check_allowed_host(base_url: str, secret: str, annotation: str) -> Refusal |
         return wrong
     name = f"[{host}]" if ":" in host else host
     allowed = {word.strip().lower() for word in annotation.split(",") if word.strip()}
-    if name in allowed or f"{name}:{port}" in allowed:
+    secure = parts.scheme == "https"
+    if f"{name}:{port}" in allowed and (secure or port != 443):
+        return None
+    if secure and name in allowed:
         return None
     listed = ", ".join(sorted(allowed)) or "none"
     return Refusal(
         "forbidden",
-        f"The Secret {secret} may not be sent to {name}:{port}: its annotation"
-        f" {labels.ALLOWED_HOSTS} lists {listed}. Add the host there if that is meant.",
+        f"The Secret {secret} may not be sent to {parts.scheme}://{name}:{port}: its annotation"
+        f" {labels.ALLOWED_HOSTS} lists {listed}. Add {name if secure else f'{name}:{port}'} there if"
+        " that is meant.",
     )

@@ -219,9 +219,12 @@ def _secret(seen: Snapshot) -> Line:
     if "secret" in seen.errors:
         return Line("warn", what, f"{where}: cannot be checked: {seen.errors['secret']}")
     base = urlsplit(env.get("COWHAND_MODEL_BASE_URL") or "https://api.anthropic.com")
+    secure = base.scheme == "https"
     host = base.netloc.lower()
-    port = base.port or (443 if base.scheme == "https" else 80)
-    accepted = {host, str(base.hostname), f"{base.hostname}:{port}"}
+    if not secure and base.port is None:
+        host += ":80"  # a host without a port allows https alone
+    port = base.port or (443 if secure else 80)
+    accepted = {f"{base.hostname}:{port}", *([host, str(base.hostname)] if secure else [])}
     create = (
         f"kubectl -n {seen.namespace} create secret generic {name} --from-literal=api-key=... && "
         f"kubectl -n {seen.namespace} annotate secret {name} {ANNOTATION}={host}"

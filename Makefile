@@ -43,8 +43,9 @@ uninstall: ## Remove Cowhand from the cluster; resources and the log stay (PURGE
 
 .PHONY: unit
 unit: setup ## Tests without a cluster: unit, contract, integration, adversarial, chart
-	@hack/store.sh ensure && hack/tools.sh ensure
+	@hack/test-packages.sh ensure && hack/store.sh ensure >/dev/null && hack/tools.sh ensure
 	$(PYTEST) -m "not e2e and not apiserver" tests
+	@hack/test-packages.sh go
 
 .PHONY: e2e
 e2e: setup ## Tests on the cluster (needs cluster, images, install)
@@ -71,7 +72,8 @@ verify: setup ## Fail if a generated file is not what `make generate` writes
 	$(PY) -m cowhand.api.generate --check .
 
 .PHONY: clean
-clean: ## Delete the cluster and .venv (caches stay; CACHE=1 removes them too)
+clean: ## Delete the cluster and .venv (CACHE=1 also stops the engine that was started here and removes the caches)
 	@hack/cluster.sh down
+	@if [ "$(CACHE)" = 1 ]; then hack/engine.sh stop; fi
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@if [ "$(CACHE)" = 1 ]; then rm -rf "$${COWHAND_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/cowhand}"; fi

@@ -127,7 +127,7 @@ def _haystacks(rig: Rig, session: Session) -> dict[str, str]:
     harness = session.holder()["metadata"]["name"]
     scan = (
         "env; cat /proc/*/environ /proc/*/cmdline 2>/dev/null | tr '\\0' '\\n'; "
-        "find /workspace /tmp /home /root /run /var/run /var/lib /etc /mnt /opt /dev/shm -type f "
+        "find /workspace /tmp /home /run /var/run /var/lib /etc /mnt /opt /dev/shm -type f "
         "-size -200k 2>/dev/null | "
         "xargs -r -d '\\n' cat 2>/dev/null; "
         "cat /run/secrets/*/* /var/run/secrets/*/* /var/run/secrets/*/*/* 2>/dev/null; true"

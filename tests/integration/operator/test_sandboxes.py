@@ -166,6 +166,18 @@ async def test_a_pod_that_cannot_start_tells_the_session_why(rig: Rig) -> None:
     assert await rig.condition(SBX, name, "Stalled") == ("True", "StartupTimeout")
 
 
+async def test_what_the_scheduler_says_stands_in_the_status_of_both(rig: Rig) -> None:
+    sid, name = await with_hand(rig)
+    why = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+    why["message"] = "0/1 nodes are available: 1 Insufficient memory."
+    rig.kube.put(pod_status(await rig.get(POD, name), phase="Pending", conditions=[why]))
+    await rig.settle()
+    assert await rig.condition(SBX, name, "Ready") == ("False", "Unschedulable")
+    (hand,) = (await rig.get(AS, "one"))["status"]["hands"]
+    assert hand["message"] == f"Unschedulable: {why['message']}"
+    assert (await record(rig, sid)).message == why["message"]
+
+
 async def test_rules_that_cannot_be_loaded_fail_the_sandbox(rig: Rig) -> None:
     sid, name = await with_hand(rig)
     ended = {"exitCode": 1, "reason": "Error", "message": "no nft_ct in this kernel"}

@@ -46,6 +46,10 @@ def waiting(name: str, reason: str) -> dict[str, Any]:
     return {"name": name, "state": {"waiting": {"reason": reason, "message": "so it is"}}}
 
 
+LACKS = (
+    '{"reason": "FeatureMissing", "feature": "reject in inet tables (CONFIG_NFT_REJECT_INET)", '
+    '"message": "The node lacks it: Operation not supported."}'
+)
 VERIFIED = [ended("egress-rules", 0), ended("egress-verify", 0)]
 READY = pod(
     phase="Running",
@@ -68,8 +72,10 @@ def snapshot(of: Sandbox | None = None, pod: Any = None, **more: Any) -> Sandbox
     return SandboxSnapshot(**{**base, **more})
 
 
-def image(reason: str) -> dict[str, Any]:
-    return pod(conditions=[SCHEDULED], containerStatuses=[waiting("sandbox", reason)])
+def image(reason: str, *, node_after: float = 0) -> dict[str, Any]:
+    since = (NOW + timedelta(seconds=node_after)).isoformat()
+    scheduled = {**SCHEDULED, "lastTransitionTime": since}
+    return pod(conditions=[scheduled], containerStatuses=[waiting("sandbox", reason)])
 
 
 def table() -> dict[str, tuple[SandboxSnapshot, float]]:
@@ -83,6 +89,11 @@ def table() -> dict[str, tuple[SandboxSnapshot, float]]:
     had_pod = sandbox(status={"podUID": "p"})
     crash = {**waiting("proxy", "CrashLoopBackOff"), "lastState": {"terminated": {"exitCode": 3}}}
     rules = pod(phase="Failed", initContainerStatuses=[ended("egress-rules", 1, message="no nft")])
+    early = pod(
+        phase="Pending",
+        conditions=[SCHEDULED],
+        initContainerStatuses=[ended("egress-rules", 1, message=LACKS)],
+    )
     verify = pod(
         phase="Failed",
         initContainerStatuses=[ended("egress-rules", 0), ended("egress-verify", 1, message="DNS")],
@@ -93,8 +104,14 @@ def table() -> dict[str, tuple[SandboxSnapshot, float]]:
         "starting": (snapshot(pod=STARTING), 1),
         "unschedulable": (snapshot(pod=pod(conditions=[unschedulable])), 1),
         "no image": (snapshot(pod=image("ErrImagePull")), 1),
+        "no image, again": (snapshot(pod=image("ImagePullBackOff")), 46),
+        "no image, by hand": (snapshot(sandbox(held=False), image("ErrImagePull")), 46),
+        "no image, late node": (snapshot(pod=image("ErrImagePull", node_after=30)), 46),
         "never image": (snapshot(pod=image("ErrImageNeverPull")), 1),
+        "bad image": (snapshot(pod=image("InvalidImageName")), 0),
         "config error": (snapshot(pod=image("CreateContainerConfigError")), 1),
+        "config error, again": (snapshot(pod=image("CreateContainerConfigError")), 46),
+        "rules, before the phase says so": (snapshot(pod=early, record="Pending"), 0),
         "crashes": (
             snapshot(pod=pod(conditions=[SCHEDULED], initContainerStatuses=[crash])),
             1,
@@ -147,8 +164,14 @@ def found(plan: SandboxPlan) -> dict[str, str]:
         ("pending", "Pending", "Pending", False, False),
         ("unschedulable", "Unschedulable", "Pending", False, False),
         ("no image", "ImageUnavailable", "Pending", False, False),
-        ("never image", "ImageUnavailable", "Pending", False, False),
-        ("config error", "Starting", "Pending", False, False),
+        ("no image, again", "ImageUnavailable", "Failed", False, True),
+        ("no image, by hand", "ImageUnavailable", None, False, False),
+        ("no image, late node", "ImageUnavailable", "Pending", False, False),
+        ("never image", "ImageUnavailable", "Failed", False, True),
+        ("bad image", "ImageUnavailable", "Failed", False, True),
+        ("config error", "ContainerNotCreated", "Pending", False, False),
+        ("config error, again", "ContainerNotCreated", "Failed", False, True),
+        ("rules, before the phase says so", "EgressNotEnforced", "Failed", False, False),
         ("crashes", "Crashed", "Pending", False, False),
         ("ready", "Ready", None, False, False),
         ("killed", "PodLost", "Lost", False, False),
@@ -240,3 +263,43 @@ def test_no_foreign_pod_is_ever_deleted() -> None:
     for snap, age in table().values():
         foreign = SandboxSnapshot(**{**vars(snap), "pod": pod(owner="somebody")})
         assert reconcile_sandbox(foreign, NOW + timedelta(seconds=age)).delete_pod is None
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (LACKS, "FeatureMissing: The node lacks it: Operation not supported. (missing: reject in"),
+        ('{"reason":"NftMissing","message":"no nft"}', "NftMissing: no nft"),
+        ('{"probe":"DNS","ok":false}\n{"reason":"NotEnforced","message":"open"}', "NotEnforced: open"),
+        ("Killed", "Error (exit code 1): Killed"),
+        ('{"reason": "cut off', "Error (exit code 1): {"),
+        ("[" * 3000, "Error (exit code 1): [["),
+        (None, "Error (exit code 1)"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("container", ["egress-rules", "egress-verify"])
+def test_egress_enforced_carries_what_the_check_found(
+    container: str, message: str | None, said: str
+) -> None:
+    of = pod(phase="Failed", initContainerStatuses=[ended(container, 1, message=message)])
+    plan = reconcile_sandbox(snapshot(pod=of, record="Pending"), NOW)
+    assert plan.status is not None
+    (egress,) = [c for c in plan.status.conditions if c.type == "EgressEnforced"]
+    assert egress.status == "False"
+    assert said in egress.message
+    assert plan.mark is not None
+    assert said in plan.mark.message, "Claude reads the same"
+
+
+def test_it_looks_again_when_a_cause_becomes_final() -> None:
+    assert plan_of("no image").requeue_after == 44
+    assert plan_of("unschedulable").requeue_after == 179
+    mark = plan_of("no image, again").mark
+    assert mark is not None
+    assert "ImagePullBackOff: so it is" in mark.message
+
+
+def test_a_ready_sandbox_does_not_fail_by_patience() -> None:
+    """An image that is pulled again for a restarted sidecar is no failed start."""
+    plan = reconcile_sandbox(snapshot(pod=image("ErrImagePull"), record="Ready"), NOW)
+    assert (plan.mark, plan.delete_pod) == (None, None)

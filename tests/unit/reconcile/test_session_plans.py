@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -213,6 +214,17 @@ def test_hands(state: str, record: Any, there: Any, wishes: int, losses: int, dr
     log = view(state="running", document=hands(state))
     plan = reconcile_session(snapshot(log, sandboxes=there, records=records), NOW)
     assert (len(plan.wishes), len(plan.losses), len(plan.drop)) == (wishes, losses, drops)
+
+
+def test_a_hand_that_waits_says_why_in_the_status() -> None:
+    log = view(state="running", document=hands("Pending"))
+    waits = replace(sandbox(), why="Unschedulable: 0/3 nodes: Insufficient cpu")
+    status = reconcile_session(snapshot(log, sandboxes=(waits,)), NOW).status
+    assert status is not None
+    assert status.hands[0].message == "Unschedulable: 0/3 nodes: Insufficient cpu"
+    status = reconcile_session(snapshot(log, sandboxes=(sandbox(),)), NOW).status
+    assert status is not None
+    assert status.hands[0].message == ""
 
 
 def test_an_ended_session_drops_its_sandboxes() -> None:

@@ -21,6 +21,7 @@ from cowhand.api.v1alpha1 import (
     SandboxSpec,
     SandboxStatus,
 )
+from cowhand.api.v1alpha1.reasons import SandboxCondition
 from cowhand.kube.client import Manifest
 from cowhand.reconcile.session_snapshot import LogView, SandboxView
 from cowhand.session import events
@@ -92,7 +93,16 @@ def sandbox_view(raw: Manifest, session_id: str) -> SandboxView | None:
         instance=int(holder["instance"]),
         mode="Suspended" if spec.get("operatingMode") == "Suspended" else "Running",
         ours=holder["sessionID"] == session_id,
+        why=_not_ready(raw),
     )
+
+
+def _not_ready(raw: Manifest) -> str:
+    """Reason and message of a Sandbox's Ready, empty if it is True or nobody has looked yet."""
+    for item in _status(SandboxStatus, raw).conditions:
+        if item.type == SandboxCondition.READY and item.status != "True":
+            return f"{item.reason}: {item.message}"
+    return ""
 
 
 def session_selector(session_id: str) -> str:

@@ -6,9 +6,10 @@ egress rules hold (desired/sandbox_pod.py).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from cowhand.api.v1alpha1.reasons import EgressEnforced, SandboxCondition, SandboxReady
@@ -29,12 +30,28 @@ _IMAGE: Final = frozenset(
 )
 
 
+_NEVER: Final = frozenset({"InvalidImageName", "ErrImageNeverPull"})
+"""Waits that end only with another spec."""
+
+_CONFIG: Final = frozenset({"CreateContainerConfigError", "CreateContainerError"})
+
+PATIENCE: Final = timedelta(seconds=45)
+"""After so long the kubelet has tried about three times to pull an image or to create a container (its pauses
+are 10, 20, 40 s). The status does not count attempts."""
+
+
 @dataclass(frozen=True)
 class Cause:
-    """Why a pod is not usable: a reason of Ready, and the text."""
+    """Why a pod is not usable: a reason of Ready, and the text.
+
+    Attributes:
+        patience: how long to wait from the moment the pod got its node before this cause is final; None:
+            it may pass at any time.
+    """
 
     reason: SandboxReady
     message: str
+    patience: timedelta | None = None
 
 
 def owned_by(pod: Pod, uid: str) -> bool:
@@ -70,6 +87,14 @@ def created(pod: Pod) -> datetime:
     return datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
 
 
+def scheduled_at(pod: Pod) -> datetime:
+    """When it got its node, or when it was made if nobody says."""
+    raw = _condition(pod, "PodScheduled")
+    if raw.get("status") != "True" or not raw.get("lastTransitionTime"):
+        return created(pod)
+    return datetime.fromisoformat(raw["lastTransitionTime"])
+
+
 def ready_since(pod: Pod) -> datetime | None:
     """When it became Ready, None if it is not."""
     raw = _condition(pod, "Ready")
@@ -90,10 +115,10 @@ def egress(pod: Pod | None) -> Observed:
     }
     rules, verify = ends.get(sandbox_pod.RULES), ends.get(sandbox_pod.VERIFY)
     if rules is not None and rules.get("exitCode") != 0:
-        text = f"The egress rules could not be loaded: {_last_words(rules)}"
+        text = f"The egress rules could not be loaded: {_finding(rules)}"
         return Observed(kind, "False", EgressEnforced.RULES_FAILED, text)
     if verify is not None and verify.get("exitCode") != 0:
-        text = f"The check from inside the sandbox failed: {_last_words(verify)}"
+        text = f"The check from inside the sandbox failed: {_finding(verify)}"
         return Observed(kind, "False", EgressEnforced.VERIFY_FAILED, text)
     if verify is not None:
         text = "A check under the sandbox's user id reached nothing but its proxy."
@@ -123,7 +148,8 @@ def start_cause(pod: Pod) -> Cause:
     """Why a pod that has not ended is not Ready (yet)."""
     enforced = egress(pod)
     if enforced.status == "False":
-        return Cause(SandboxReady.EGRESS_NOT_ENFORCED, enforced.message)
+        # The pod does not restart what failed: it is over, though its phase does not say so yet.
+        return Cause(SandboxReady.EGRESS_NOT_ENFORCED, enforced.message, timedelta())
     scheduled = _condition(pod, "PodScheduled")
     if scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable":
         return Cause(SandboxReady.UNSCHEDULABLE, str(scheduled.get("message", "")))
@@ -146,7 +172,10 @@ def _container_cause(pod: Pod) -> Cause:
         reason = str(waiting["reason"])
         text = f"container {container['name']}: {reason}: {waiting.get('message', '')}"
         if reason in _IMAGE:
-            return Cause(SandboxReady.IMAGE_UNAVAILABLE, text)
+            patience = timedelta() if reason in _NEVER else PATIENCE
+            return Cause(SandboxReady.IMAGE_UNAVAILABLE, text, patience)
+        if reason in _CONFIG:
+            return Cause(SandboxReady.CONTAINER_NOT_CREATED, text, PATIENCE)
         if reason == "CrashLoopBackOff":
             end = (container.get("lastState") or {}).get("terminated") or {}
             return Cause(SandboxReady.CRASHED, f"{text} {_last_words(end)}".rstrip())
@@ -169,6 +198,23 @@ def _condition(pod: Pod, kind: str) -> Mapping[str, Any]:
             found: Mapping[str, Any] = condition
             return found
     return {}
+
+
+def _finding(end: Mapping[str, Any]) -> str:
+    """What egress-rules or egress-verify found: the JSON line of its termination message, in words."""
+    for line in reversed(str(end.get("message") or "").splitlines()):
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(found, dict) or not found.get("reason"):
+            continue
+        text = str(found.get("message") or "no details")
+        feature = str(found.get("feature") or "")
+        if feature and feature not in text:
+            text = f"{text} (missing: {feature})"
+        return f"{found['reason']}: {text}"
+    return _last_words(end)
 
 
 def _last_words(end: Mapping[str, Any]) -> str:

@@ -38,6 +38,10 @@ _STALLED: Final[Mapping[SandboxReady, SandboxStalled]] = {
     SandboxReady.FOREIGN_POD: SandboxStalled.FOREIGN_POD,
     SandboxReady.NAMESPACE_NOT_SERVED: SandboxStalled.NAMESPACE_NOT_SERVED,
 }
+_GIVEN_UP: Final[Mapping[SandboxReady, SandboxStalled]] = {
+    SandboxReady.IMAGE_UNAVAILABLE: SandboxStalled.IMAGE_UNAVAILABLE,
+    SandboxReady.CONTAINER_NOT_CREATED: SandboxStalled.CONTAINER_NOT_CREATED,
+}
 _WAITING: Final = frozenset({SandboxReady.ENVIRONMENT_NOT_FOUND, SandboxReady.CONFIG_MAP_NOT_FOUND})
 _STARTING: Final = frozenset(
     {
@@ -45,6 +49,7 @@ _STARTING: Final = frozenset(
         SandboxReady.STARTING,
         SandboxReady.UNSCHEDULABLE,
         SandboxReady.IMAGE_UNAVAILABLE,
+        SandboxReady.CONTAINER_NOT_CREATED,
         SandboxReady.CRASHED,
         SandboxReady.POD_REFUSED,
     }
@@ -255,6 +260,12 @@ def _with_pod(snap: SandboxSnapshot, pod: Mapping[str, Any], now: datetime) -> _
         return _Verdict(cause)
     limit = timedelta(seconds=snap.startup_timeout_s)
     left = (pod_state.created(pod) + limit - now).total_seconds()
+    if cause.patience is not None:
+        sure = (pod_state.scheduled_at(pod) + cause.patience - now).total_seconds()
+        if sure <= 0:
+            delete = held and cause.reason is not SandboxReady.EGRESS_NOT_ENFORCED
+            return _Verdict(cause, delete=delete, mark="Failed", doomed=True)
+        left = min(left, sure)
     if left > 0:
         return _Verdict(cause, mark="Pending", requeue_after=left)
     text = f"The pod was not ready within {snap.startup_timeout_s} s: {cause.message}"
@@ -331,7 +342,7 @@ def _stalled(verdict: _Verdict) -> Observed | None:
         return None
     reason = _STALLED.get(verdict.cause.reason)
     if reason is None and verdict.doomed:
-        reason = SandboxStalled.POD_LOST
+        reason = _GIVEN_UP.get(verdict.cause.reason, SandboxStalled.POD_LOST)
     if reason is None:
         return None
     return Observed(SandboxCondition.STALLED, "True", reason, verdict.cause.message)

@@ -65,6 +65,7 @@ class SandboxView:
         instance: of its holder.
         mode: its operatingMode.
         ours: its holder is this session.
+        why: reason and message of its condition Ready while that is not True, else empty.
     """
 
     name: str
@@ -73,6 +74,7 @@ class SandboxView:
     instance: int
     mode: OperatingMode
     ours: bool = True
+    why: str = ""
 
 
 @dataclass(frozen=True)

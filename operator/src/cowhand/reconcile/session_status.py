@@ -72,6 +72,7 @@ def _projection(snap: SessionSnapshot, log: LogView) -> dict[str, Any]:
     document = log.document
     usage, error = document.get("usage"), document.get("error")
     ids = [message.id for message in snap.session.spec.messages or ()]
+    waiting = {(view.hand, view.instance): view.why for view in snap.sandboxes or () if view.ours}
     return {
         "session_id": snap.session_id,
         "state": log.state,
@@ -97,6 +98,7 @@ def _projection(snap: SessionSnapshot, log: LogView) -> dict[str, Any]:
                 instance=hand["instance"],
                 sandbox_name=hand.get("sandbox") or "",
                 state=hand["state"],
+                message=waiting.get((hand["name"], int(hand["instance"])), "")[:4096],
             )
             for hand in document.get("hands") or ()
         ),

@@ -170,6 +170,10 @@ class SandboxReady(Reason):
     )
     UNSCHEDULABLE = "Unschedulable", "False: no node fits the pod; the message is the scheduler's."
     IMAGE_UNAVAILABLE = "ImageUnavailable", "False: an image of the pod cannot be pulled."
+    CONTAINER_NOT_CREATED = (
+        "ContainerNotCreated",
+        "False: the node cannot create a container of the pod; the message is the kubelet's.",
+    )
     EGRESS_NOT_ENFORCED = (
         "EgressNotEnforced",
         "False: the rules of the pod could not be loaded or did not hold; see EgressEnforced.",
@@ -221,6 +225,11 @@ class SandboxStalled(Reason):
     INVALID_SPEC = "InvalidSpec", "True: no pod can be made from the spec."
     EGRESS_NOT_ENFORCED = "EgressNotEnforced", "True: the node cannot enforce the rules."
     STARTUP_TIMEOUT = "StartupTimeout", "True: the pod was not Ready in time."
+    IMAGE_UNAVAILABLE = "ImageUnavailable", "True: several tries to pull an image failed."
+    CONTAINER_NOT_CREATED = (
+        "ContainerNotCreated",
+        "True: several tries to create a container failed.",
+    )
     POD_LOST = "PodLost", "True: the pod is gone, and with it this hand."
     FOREIGN_POD = "ForeignPod", "True: a pod of this name belongs to somebody else."
     NAMESPACE_NOT_SERVED = (

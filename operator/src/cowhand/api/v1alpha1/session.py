@@ -194,6 +194,8 @@ class HandStatus(StatusModel):
     """sandboxName is the Sandbox that is this hand."""
     state: Word = ""
     """state of the hand as the log knows it: Pending, Ready, Failed or Lost."""
+    message: Text = ""
+    """message says why its Sandbox is not ready, for example the scheduler's words."""
 
 
 class ErrorStatus(StatusModel):

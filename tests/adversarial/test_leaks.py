@@ -164,7 +164,7 @@ async def test_d7_d10_one_door_no_core_file_and_a_clean_end(
             sys.executable, "-m", "cowhand", "proxy", env=env, stderr=asyncio.subprocess.PIPE
         )
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while not ready.exists():
                     assert process.returncode is None
                     await asyncio.sleep(0.02)
@@ -174,7 +174,7 @@ async def test_d7_d10_one_door_no_core_file_and_a_clean_end(
                 assert answer.status == 200
             assert core_limit(process.pid) == ["0", "0"]
             process.send_signal(signal.SIGTERM)
-            _, errors = await asyncio.wait_for(process.communicate(), 20)
+            _, errors = await asyncio.wait_for(process.communicate(), 60)
         finally:
             if process.returncode is None:
                 process.kill()

@@ -53,7 +53,7 @@ HEADS: dict[str, tuple[bytes, int]] = {
 async def test_refused_with_a_reason_and_closed(chain: Rig, name: str) -> None:
     raw, status = HEADS[name]
     client = await chain.open((await chain.harness()).port)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         answer = await client.ask(raw)
         assert answer.status == status
         assert answer.json()["error"]["message"]
@@ -64,7 +64,7 @@ async def test_refused_with_a_reason_and_closed(chain: Rig, name: str) -> None:
 async def test_c9_a_slow_head_is_cut_off(chain: Rig) -> None:
     server = await chain.harness(limits=Limits(head_s=0.05))
     client = await chain.open(server.port)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert (await client.ask(b"POST /v1/mess")).status == 408
         assert await client.at_end()
 
@@ -72,7 +72,7 @@ async def test_c9_a_slow_head_is_cut_off(chain: Rig) -> None:
 async def test_c9_a_slow_body_is_cut_off(chain: Rig) -> None:
     server = await chain.harness(limits=Limits(body_idle_s=0.05))
     client = await chain.open(server.port)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await client.send(messages("content-length: 100", body=b""))
         assert (await client.read()).status in (0, 502)
         assert await client.at_end()
@@ -81,7 +81,7 @@ async def test_c9_a_slow_body_is_cut_off(chain: Rig) -> None:
 async def test_c9_an_idle_connection_is_closed(chain: Rig) -> None:
     server = await chain.harness(limits=Limits(idle_s=0.05))
     client = await chain.open(server.port)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert await client.at_end()
 
 
@@ -96,7 +96,7 @@ async def test_c9_a_client_that_never_reads_is_cut_off(chain: Rig) -> None:
     server = await chain.harness(limits=Limits(write_s=0.1))
     client = await chain.open(server.port)
     await client.send(messages())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await chain.upstream.closed.wait()
 
 
@@ -105,7 +105,7 @@ async def test_c9_too_many_connections_are_closed_at_once(chain: Rig) -> None:
     first = [await chain.open(server.port) for _ in range(2)]
     for client in first:
         assert (await client.ask(messages())).status == 200
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert await (await chain.open(server.port)).at_end()
     assert (await first[0].ask(messages())).status == 200
 
@@ -114,7 +114,7 @@ async def test_c9_a_silent_tls_handshake_is_cut_off(chain: Rig) -> None:
     chain.world.sandbox_pod()
     server, _, _ = await chain.sandbox(1, limits=Limits(handshake_s=0.05), register=False)
     client = await RawClient.open(server.port)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert await client.at_end()
     client.close()
 
@@ -123,7 +123,7 @@ async def test_c17_plain_http_on_the_tls_port_is_closed(chain: Rig) -> None:
     chain.world.sandbox_pod()
     server, _, _ = await chain.sandbox(1, register=False)
     client = await chain.open(server.port)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert (await client.ask(request("GET", "/v1/health"))).status == 0
 
 

@@ -109,7 +109,7 @@ class Store:
 
     def _answers(self) -> bool:
         assert self._process is not None
-        for _ in range(400):
+        for _ in range(3000):
             if self._process.poll() is not None:
                 return False
             try:
@@ -131,7 +131,7 @@ class Store:
     def command(self, *words: str) -> bytes:
         """One command over a plain connection (no TLS, no ACL); answers the raw reply."""
         encoded = b"".join(b"$%d\r\n%s\r\n" % (len(w.encode()), w.encode()) for w in words)
-        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as conn:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as conn:
             conn.sendall(b"*%d\r\n%s" % (len(words), encoded))
             reply = conn.recv(65536)
         assert not reply.startswith(b"-"), reply

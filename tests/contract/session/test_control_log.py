@@ -237,7 +237,7 @@ async def test_projections_are_announced_and_taken_once(log_roles):
     nudges = control.projection_nudges(["team-a", "team-b"])
     assert [await anext(nudges), await anext(nudges)] == ["team-a", "team-b"]
     sid = await make.start(log_roles.log)
-    assert await asyncio.wait_for(anext(nudges), 5) == "team-a"
+    assert await asyncio.wait_for(anext(nudges), 60) == "team-a"
     assert await control.take_projections("team-a") == [sid]
     assert await control.take_projections("team-a") == []
     lease = await make.take(log_roles.worker, sid)

@@ -187,7 +187,8 @@ async def test_ranges(log_roles):
         await log_roles.log.get_events(make.new_sid())
 
 
-async def test_follow_gives_old_and_new_events_and_ends_with_the_log(log_roles):
+async def test_follow_gives_old_and_new_events_and_ends_with_the_log(log_roles, monkeypatch):
+    monkeypatch.setattr("cowhand.session.sessions.POLL_SECONDS", 600)
     sid = await make.start(log_roles.log)
     seen: list[str] = []
     read = asyncio.Event()
@@ -202,17 +203,18 @@ async def test_follow_gives_old_and_new_events_and_ends_with_the_log(log_roles):
     for number in range(20):
         await log_roles.log.emit_event(sid, make.message(f"m{number}"))
     await log_roles.control.close("team-a", sid, make.deleted(), retain_s=60)
-    await asyncio.wait_for(task, 4)  # Below the poll: the nudges did it.
+    await asyncio.wait_for(task, 60)  # Below the poll: the nudges did it.
     assert seen == ["created", "msg:0", *(f"m{n}" for n in range(20)), "deleted"]
 
 
-async def test_follow_from_the_end_gives_only_new_events(log_roles):
+async def test_follow_from_the_end_gives_only_new_events(log_roles, monkeypatch):
+    monkeypatch.setattr("cowhand.session.sessions.POLL_SECONDS", 600)
     sid = await make.start(log_roles.log)
     state = await log_roles.log.get_session(sid)
     waiting = asyncio.create_task(make.first(log_roles.log.follow(sid, state.next_seq)))
     await asyncio.sleep(0)
     assert await log_roles.log.emit_event(sid, make.message("new")) == 3
-    assert (await asyncio.wait_for(waiting, 4)).id == "new"
+    assert (await asyncio.wait_for(waiting, 60)).id == "new"
 
 
 async def test_follow_heals_a_lost_nudge(log_roles, monkeypatch):
@@ -221,7 +223,7 @@ async def test_follow_heals_a_lost_nudge(log_roles, monkeypatch):
     sid = await make.start(log_roles.log)
     waiting = asyncio.create_task(make.first(log_roles.log.follow(sid, 3)))
     await log_roles.log.emit_event(sid, make.message("new"))
-    assert (await asyncio.wait_for(waiting, 4)).id == "new"
+    assert (await asyncio.wait_for(waiting, 60)).id == "new"
 
 
 async def test_follow_of_a_session_that_is_not_there_or_goes(log_roles, monkeypatch):
@@ -237,7 +239,7 @@ async def test_follow_of_a_session_that_is_not_there_or_goes(log_roles, monkeypa
             if event.seq == 2:
                 await log_roles.control.close("team-a", sid, make.deleted(), retain_s=0)
 
-    await asyncio.wait_for(follow(), 4)
+    await asyncio.wait_for(follow(), 60)
     assert seen == [ev.SESSION_CREATED, ev.USER_MESSAGE]
 
 
@@ -248,6 +250,6 @@ async def test_many_followers_share_one_connection(log_roles):
     ]
     for sid in sids:
         await log_roles.log.emit_event(sid, make.message("new"))
-    got = await asyncio.wait_for(asyncio.gather(*waiting), 8)
+    got = await asyncio.wait_for(asyncio.gather(*waiting), 60)
     assert {event.id for event in got} == {"new"}
     assert log_roles.store.hub._link.generation == 1

@@ -38,7 +38,7 @@ async def test_work_nominates_what_comes_while_it_waits(log_roles):
     work = log_roles.worker.work()
     waiting = asyncio.create_task(anext(work))
     sid = await make.start(log_roles.log)
-    assert await asyncio.wait_for(waiting, 5) == sid
+    assert await asyncio.wait_for(waiting, 60) == sid
     await work.aclose()
 
 
@@ -221,7 +221,7 @@ async def test_handover_gives_the_session_to_another_worker_at_once(log_roles, o
     await log_roles.worker.handover(lease)
     assert (await log_roles.log.get_session(sid)).state == "rescheduling"
     work = other.work()
-    assert await asyncio.wait_for(anext(work), 5) == sid
+    assert await asyncio.wait_for(anext(work), 60) == sid
     await work.aclose()
     await make.take(other, sid)
 
@@ -234,7 +234,7 @@ async def test_input_for_a_holder_is_announced_and_kept_for_its_next_beat(log_ro
     await asyncio.sleep(0)  # The task has asked for its channels; the server confirms them:
     await asyncio.gather(*(e.wait() for e in log_roles.store.hub._confirmed.values()))
     await log_roles.log.emit_event(sid, make.message("m1"))
-    assert await asyncio.wait_for(waiting, 5) == sid
+    assert await asyncio.wait_for(waiting, 60) == sid
     await nudges.aclose()
     await log_roles.worker.beat()
     await log_roles.log.emit_event(sid, make.message("m2"))
@@ -270,7 +270,7 @@ async def test_retiring_gives_back_what_was_nominated_and_frees_the_rest(log_rol
     await work.aclose()
     await log_roles.worker.retire()
     got = other.work()
-    assert await asyncio.wait_for(anext(got), 4) == nominated
+    assert await asyncio.wait_for(anext(got), 60) == nominated
     await got.aclose()
     assert (await make.take(other, held)).next_seq == 5
 
@@ -354,7 +354,7 @@ async def test_a_claim_in_doubt_is_nominated_again(log_roles, cut, monkeypatch, 
         cut.mode, cut.times = mode, 1
         with pytest.raises(StoreUnavailable):
             await log_roles.worker.claim(sid)
-    assert await asyncio.wait_for(anext(work), 5) == sid
+    assert await asyncio.wait_for(anext(work), 60) == sid
     await work.aclose()
     lease = await make.take(log_roles.worker, sid)
     assert lease.next_seq == 4, "there is one wake, not two"
@@ -389,7 +389,7 @@ async def test_a_store_that_lost_our_events_takes_the_lease(log_roles, other):
     with pytest.raises(Fenced, match="failover"):
         await log_roles.worker.append(lease, [make.result("next")])
     work = other.work()
-    assert await asyncio.wait_for(anext(work), 5) == sid
+    assert await asyncio.wait_for(anext(work), 60) == sid
     await work.aclose()
 
 

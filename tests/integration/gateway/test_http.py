@@ -58,7 +58,7 @@ async def test_following_the_raw_log_to_its_end(rig):
     task = asyncio.ensure_future(lines(rig, "?follow=true&start=2"))
     await rig.run_turn()
     await rig.finish()
-    found = await asyncio.wait_for(task, 20)
+    found = await asyncio.wait_for(task, 60)
     assert [line["seq"] for line in found] == list(range(2, found[-1]["seq"] + 1))
     assert found[-1]["type"] == "session.deleted"
 

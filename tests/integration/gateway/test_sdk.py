@@ -55,7 +55,7 @@ async def test_stream_then_send(rig):
     async with await client.beta.sessions.events.stream(SID) as stream:
         sent = await client.beta.sessions.events.send(SID, events=[say("Fix the tests now")])
         await rig.run_turn()
-        found = await asyncio.wait_for(collect(stream, "session.status_idle"), 20)
+        found = await asyncio.wait_for(collect(stream, "session.status_idle"), 60)
     assert sent.data[0].id == found[0].id
     assert found[0].processed_at is None
     kinds = [event.type for event in found]
@@ -77,7 +77,7 @@ async def test_send_first_and_stream_second_misses_nothing(rig):
     await client.beta.sessions.events.send(SID, events=[say("And now?")])
     await rig.work((ev.STATUS_IDLE, {"stop_reason": {"type": "end_turn"}}))
     async with await client.beta.sessions.events.stream(SID) as stream:
-        found = await asyncio.wait_for(collect(stream, "session.status_idle"), 20)
+        found = await asyncio.wait_for(collect(stream, "session.status_idle"), 60)
     assert [event.type for event in found] == ["user.message", "session.status_idle"]
 
 
@@ -87,7 +87,7 @@ async def test_a_stream_shows_only_new_events(rig):
     client = rig.sdk()
     async with await client.beta.sessions.events.stream(SID) as stream:
         await rig.work((ev.STATUS_RESCHEDULED, {}))
-        found = await asyncio.wait_for(collect(stream, "session.status_rescheduled"), 20)
+        found = await asyncio.wait_for(collect(stream, "session.status_rescheduled"), 60)
     assert len(found) == 1
 
 
@@ -96,10 +96,10 @@ async def test_a_stream_ends_with_the_session(rig):
     client = rig.sdk()
     async with await client.beta.sessions.events.stream(SID) as stream:
         await rig.finish()
-        found = await asyncio.wait_for(collect(stream, "never"), 20)
+        found = await asyncio.wait_for(collect(stream, "never"), 60)
     assert found[-1].type == "session.deleted"
     async with await client.beta.sessions.events.stream(SID) as stream:
-        assert await asyncio.wait_for(collect(stream, "never"), 20) == []
+        assert await asyncio.wait_for(collect(stream, "never"), 60) == []
     with pytest.raises(anthropic.ConflictError) as caught:
         await rig.sdk(max_retries=2).beta.sessions.events.send(SID, events=[say("hello?")])
     assert caught.value.response.headers["x-should-retry"] == "false"

@@ -175,7 +175,7 @@ async def test_registration_waits_for_sandboxd_and_for_the_broker(
     _, proxy, _ = await chain.sandbox(port, register=False)
     ready = asyncio.create_task(proxy.become_ready(8443, "ab" * 32))
     async with Upstream(port=port).serving() as sandboxd:
-        await asyncio.wait_for(sandboxd.received.wait(), 10)
+        await asyncio.wait_for(sandboxd.received.wait(), 60)
         while "not registered yet" not in caplog.text:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         assert not ready.done()
@@ -184,7 +184,7 @@ async def test_registration_waits_for_sandboxd_and_for_the_broker(
             "fresh", "cowhand-sandbox", uid="sandbox-pod-uid", name="aaaaaaaaaaaa-main-1"
         )
         (chain.folder / "sandbox-token.token").write_text("fresh")
-        await asyncio.wait_for(ready, 10)
+        await asyncio.wait_for(ready, 60)
 
 
 async def test_an_answer_without_end_is_cut(
@@ -214,13 +214,15 @@ async def test_the_hands_client_reaches_it_and_pins_the_certificate(
         endpoint = Endpoint(record.address, record.cert_sha256)
         body = {"call_id": "c"}
         status, answer = await transport.request(
-            endpoint, "POST", "/v1/execute", token=token, body=body, timeout=5
+            endpoint, "POST", "/v1/execute", token=token, body=body, timeout=60
         )
         assert (status, answer) == (200, {"ok": True})
         asked = len(sandboxd.requests)
         other = Endpoint(record.address, "00" * 32)
         with pytest.raises(HandUnavailable):
-            await transport.request(other, "POST", "/v1/execute", token=token, body=body, timeout=5)
+            await transport.request(
+                other, "POST", "/v1/execute", token=token, body=body, timeout=60
+            )
         assert len(sandboxd.requests) == asked
     finally:
         await transport.close()

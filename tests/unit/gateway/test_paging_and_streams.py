@@ -270,4 +270,4 @@ async def test_stopping_ends_streams_at_once():
     task = asyncio.ensure_future(follower(Client(), stopping=stopping).run(log.follow(SID, 2)))
     await asyncio.sleep(0)
     stopping.set()
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, 60)

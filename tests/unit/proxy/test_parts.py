@@ -200,7 +200,7 @@ async def test_one_fetch_for_many_and_none_until_the_refresh() -> None:
     assert len(source.calls) == 1
     clock.now = 193  # 0.8 of 240 s
     source.gate.clear()
-    await asyncio.wait_for(cache.get("s", "l"), 1)  # does not wait for the refresh
+    await asyncio.wait_for(cache.get("s", "l"), 60)  # does not wait for the refresh
     await asyncio.sleep(0)
     assert len(source.calls) == 2
     source.gate.set()

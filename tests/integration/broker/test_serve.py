@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from cowhand.broker.run import serve, server_tls
+from cowhand.broker.run import serve
 from cowhand.errors import BrokerUnavailable, UserError
 from cowhand.kube import kinds
 from cowhand.kube.errors import Forbidden
 from cowhand.proxy.brokerclient import BrokerClient, BrokerRefusal
 from cowhand.wire.keys import load_keys
+from cowhand.wire.tls import ServerCertificate
 from support.trust import LEASE, MODEL_KEY, SESSION, Authority, rig
 
 ASKED = {"session_id": SESSION, "lease": LEASE}
@@ -22,7 +23,9 @@ ASKED = {"session_id": SESSION, "lease": LEASE}
 async def test_it_serves_and_ends(tmp_path: Path) -> None:
     async with rig(tmp_path) as chain:
         folder = chain.authority.folder
-        tls = server_tls(str(folder / "localhost.crt"), str(folder / "localhost.key"))
+        tls = ServerCertificate(
+            str(folder / "localhost.crt"), str(folder / "localhost.key")
+        ).context
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -89,4 +92,4 @@ def test_bad_settings_are_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="CA file"):
         BrokerClient("https://broker", str(tmp_path / "none"), "")
     with pytest.raises(UserError, match="cannot be read"):
-        server_tls(str(tmp_path / "none"), str(tmp_path / "none"))
+        ServerCertificate(str(tmp_path / "none"), str(tmp_path / "none"))

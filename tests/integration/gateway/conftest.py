@@ -14,12 +14,12 @@ from anthropic import AsyncAnthropic, DefaultAsyncHttpxClient
 from cowhand.gateway.app import Gateway, build
 from cowhand.gateway.auth import Authority
 from cowhand.gateway.exec import Executor, PinnedHands
-from cowhand.gateway.run import tls_context
 from cowhand.session import connect
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
 from cowhand.session.log import Lease, SessionMeta, StoreConfig
 from cowhand.wire.keys import SigningKey
+from cowhand.wire.tls import ServerCertificate
 from support import tls_rig
 from support.gateway_rig import ACTOR, SID, PeopleKube, created, turn, user_message
 
@@ -127,7 +127,7 @@ async def rig(store_url, tmp_path):
         gateway = Gateway(Authority(kube), logs, executor, broker)
         runner = web.AppRunner(build(gateway), access_log=None, shutdown_timeout=1)
         await runner.setup()
-        tls = tls_context(str(certificates.cert), str(certificates.key))
+        tls = ServerCertificate(str(certificates.cert), str(certificates.key)).context
         site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
         port = runner.addresses[0][1]

@@ -15,8 +15,8 @@ from aiohttp import web
 from cowhand.errors import BrokerUnavailable, Denied, UserError
 from cowhand.gateway.broker import HttpBroker
 from cowhand.gateway.errors import NotFound
-from cowhand.gateway.run import tls_context
 from cowhand.wire.keys import SigningKey, dump_keys
+from cowhand.wire.tls import ServerCertificate
 from support import tls_rig
 from support.store import free_port
 
@@ -37,7 +37,7 @@ async def served(tmp_path):
     app.router.add_route("*", "/{tail:.*}", handle)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    context = tls_context(str(certificates.cert), str(certificates.key))
+    context = ServerCertificate(str(certificates.cert), str(certificates.key)).context
     await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
     token = tmp_path / "token"
     token.write_text("projected-1\n")

@@ -14,13 +14,13 @@ from aiohttp import web
 from cowhand.errors import Denied, StoreUnavailable
 from cowhand.gateway import pump
 from cowhand.gateway.auth import Authority, Caller
-from cowhand.gateway.run import tls_context
 from cowhand.hands import transport
 from cowhand.kube.errors import Forbidden, Unauthorized
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
 from cowhand.session.log import HandRecord
 from cowhand.wire.records import sign_record
+from cowhand.wire.tls import ServerCertificate
 from support import tls_rig
 from support.gateway_rig import SID
 
@@ -250,7 +250,7 @@ async def sandbox(rig, tmp_path):
     app.router.add_post("/v1/execute", box.execute)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    context = tls_context(str(certificates.cert), str(certificates.key))
+    context = ServerCertificate(str(certificates.cert), str(certificates.key)).context
     await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
     box.address = f"127.0.0.1:{runner.addresses[0][1]}"
     box.sha256 = certificates.sha256

@@ -19,6 +19,7 @@ from cowhand.errors import CowhandError, Retryable, UserError
 from cowhand.kube import client
 from cowhand.session.log import StoreConfig
 from cowhand.settings import BrokerSettings
+from cowhand.wire.tls import ServerCertificate
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,10 @@ async def run(settings: BrokerSettings) -> None:
     """
     if not settings.tenants:
         raise UserError("COWHAND_TENANTS names no namespace.", field="TENANTS")
-    tls = server_tls(settings.tls_cert, settings.tls_key)
+    certificate = ServerCertificate(settings.tls_cert, settings.tls_key)
     async with contextlib.AsyncExitStack() as stack:
+        watch = asyncio.create_task(certificate.watch())
+        stack.callback(watch.cancel)
         kube = await client.connect()
         stack.push_async_callback(kube.close)
         keys = KeyStore(kube, settings.namespace, settings.keys_secret)
@@ -55,18 +58,7 @@ async def run(settings: BrokerSettings) -> None:
         )
         reload = asyncio.create_task(_reload(keys))
         stack.callback(reload.cancel)
-        await serve(broker, settings.listen_port, tls)
-
-
-def server_tls(cert: str, key: str) -> ssl.SSLContext:
-    """A server context, TLS 1.2 or newer; raises UserError if a file cannot be read."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(cert, key)
-    except (OSError, ssl.SSLError) as err:
-        raise UserError(f"The certificate {cert} or key {key} cannot be read: {err}") from err
-    return context
+        await serve(broker, settings.listen_port, certificate.context)
 
 
 async def serve(broker: Broker, port: int, tls: ssl.SSLContext) -> None:

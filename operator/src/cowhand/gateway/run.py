@@ -19,6 +19,7 @@ from cowhand.kube import client
 from cowhand.session import connect
 from cowhand.session.log import StoreConfig
 from cowhand.settings import GatewaySettings
+from cowhand.wire.tls import ServerCertificate
 
 SHUTDOWN_S = 5.0
 """How long requests in work may go on after SIGTERM; streams end at once."""
@@ -36,8 +37,10 @@ async def run(settings: GatewaySettings) -> None:
     """
     if not settings.tenants:
         raise UserError("COWHAND_TENANTS names no namespace", field="TENANTS")
-    tls = tls_context(settings.tls_cert, settings.tls_key)
+    certificate = ServerCertificate(settings.tls_cert, settings.tls_key)
     async with contextlib.AsyncExitStack() as stack:
+        watch = asyncio.create_task(certificate.watch())
+        stack.callback(watch.cancel)
         kube = await client.connect()
         stack.push_async_callback(kube.close)
         config = StoreConfig(**asdict(settings.store))
@@ -48,18 +51,11 @@ async def run(settings: GatewaySettings) -> None:
         hands = PinnedHands()
         stack.push_async_callback(hands.close)
         executor = Executor(kube, store.control_log(), logs, broker, hands)
-        await serve(Gateway(Authority(kube), logs, executor, broker), settings.listen_port, tls)
-
-
-def tls_context(cert: str, key: str) -> ssl.SSLContext:
-    """A server context, TLS 1.2 or newer. Raises UserError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(cert, key)
-    except (OSError, ssl.SSLError) as err:
-        raise UserError(f"certificate {cert} or key {key} cannot be read: {err}") from err
-    return context
+        await serve(
+            Gateway(Authority(kube), logs, executor, broker),
+            settings.listen_port,
+            certificate.context,
+        )
 
 
 async def serve(gateway: Gateway, port: int, tls: ssl.SSLContext) -> None:

@@ -1,1 +1,4 @@
-"""What two processes exchange: hand tokens, signed records, message shapes. Standard library and cryptography only."""
+"""What two processes exchange: hand tokens, signed records, keys, certificates.
+
+Standard library and cryptography only.
+"""

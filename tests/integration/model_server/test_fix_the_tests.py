@@ -92,11 +92,14 @@ def in_box(box: Sandboxd) -> Execute:
 async def test_each_bug_is_repaired_with_one_edit(box: Sandboxd, variant: str) -> None:
     repo = box.workdir / "repo"
     lay_out(variant, repo)
-    assert "FAILED (failures=1)" in box.bash(f"cd {repo} && python3 -m unittest")["content"]
+    assert "FAILED (failures=1)" in box.bash(f"cd {repo} && python3 -B -m unittest")["content"]
     text, used = await run(in_box(box))
     assert used == ["bash", "read", "glob", "read", "edit", "bash"]
     assert text.startswith(f"All 10 tests pass now. The bug was in `shop/{variant}.py`")
-    assert box.bash(f"cd {repo} && python3 -m unittest")["exit_code"] == 0
+    assert box.bash(f"cd {repo} && python3 -B -m unittest")["exit_code"] == 0
+    assert not list(repo.rglob("*.pyc")), (
+        "byte code of the bug can hide an edit made in the same second"
+    )
     good = EXAMPLE / "repo"
     for file in good.rglob("*.py"):
         assert (repo / file.relative_to(good)).read_text() == file.read_text()

@@ -384,6 +384,7 @@ async def test_profile_standard_waits_for_a_replica(server, monkeypatch):
                 with contextlib.suppress(StoreUnavailable):
                     await make.start(store.session_log(), sid=sid)
                     break
+            monkeypatch.setattr("cowhand.session.store.WAIT_MS", 20_000)
             worker = store.worker_log("pod-1")
             await worker.beat()
             lease = await make.take(worker, sid)

@@ -33,6 +33,8 @@ class Cli:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env={"PATH": f"{self.kubectl.bin}", "PYTHONIOENCODING": "utf-8"},
+            # A test run in the background of a shell ignores SIGINT, and its children would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
         )
 
     async def __call__(self, *arguments, code=0, stdin=None):

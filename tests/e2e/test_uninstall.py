@@ -45,7 +45,9 @@ def test_uninstalled_and_installed_again(rig: Rig) -> None:
         *("-p", '{"spec":{"operatingMode":"Running"}}'),
     )
     session.send("and once more")
-    log = session.wait_turn(2)
+    assert "lost" in final_text(session.wait_turn(2)), "Claude is told that the old sandbox is gone"
+    session.send("and again")
+    log = session.wait_turn(3)
     check_log(log)
     assert [e["id"] for e in log[: len(before)]] == [e["id"] for e in before]
     assert final_text(log) == "1", "a new sandbox starts empty"

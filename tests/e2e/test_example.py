@@ -30,7 +30,7 @@ def test_the_failing_tests_are_made_to_pass(rig: Rig, variant: str) -> None:
     manifest = yaml.safe_load((EXAMPLE / "session.yaml").read_text())
     manifest["metadata"] = {"name": name, "namespace": "default"}
     manifest["spec"]["resources"][0]["configMap"]["name"] = name
-    shared = [
+    together = [
         yaml.safe_load((EXAMPLE / f"{one}.yaml").read_text()) for one in ("agent", "environment")
     ]
     for one in together:

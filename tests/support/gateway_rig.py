@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 from cowhand.errors import SessionNotFound
@@ -11,7 +11,7 @@ from cowhand.kube import kinds
 from cowhand.kube.kinds import Kind
 from cowhand.session import events as ev
 from cowhand.session.events import Event, NewEvent
-from cowhand.session.log import SessionMeta, SessionState
+from cowhand.session.log import SessionMeta, SessionState, from_end
 
 SID = "sesn_" + "ab" * 16
 HEX = "ab" * 16
@@ -115,10 +115,18 @@ class ListLog:
         return seq
 
     async def get_events(
-        self, session_id: str, start: int = 1, end: int | None = None, *, limit: int | None = None
+        self,
+        session_id: str,
+        start: int = 1,
+        end: int | None = None,
+        *,
+        limit: int | None = None,
+        types: Collection[str] | None = None,
     ) -> list[Event]:
         self.reads += 1
+        start, end = from_end(start, end, len(self.events) + 1)
         found = self.events[start - 1 : end]
+        found = [event for event in found if types is None or event.type in types]
         return found if limit is None else found[:limit]
 
     async def get_session(self, session_id: str) -> SessionState:

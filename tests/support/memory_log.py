@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from cowhand.session.log import (
     SessionMeta,
     SessionState,
     State,
+    from_end,
 )
 
 
@@ -266,10 +267,19 @@ class MemorySessions:
         return session.append(event)
 
     async def get_events(
-        self, session_id: str, start: int = 1, end: int | None = None, *, limit: int | None = None
+        self,
+        session_id: str,
+        start: int = 1,
+        end: int | None = None,
+        *,
+        limit: int | None = None,
+        types: Collection[str] | None = None,
     ) -> list[Event]:
         await self._log.enter()
-        found = self._log.find(self._namespace, session_id).log[max(start, 1) - 1 : end]
+        log = self._log.find(self._namespace, session_id).log
+        start, end = from_end(start, end, len(log) + 1)
+        found = log[max(start, 1) - 1 : end]
+        found = [event for event in found if types is None or event.type in types]
         return found if limit is None else found[:limit]
 
     async def get_session(self, session_id: str) -> SessionState:

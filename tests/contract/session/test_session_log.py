@@ -183,8 +183,31 @@ async def test_ranges(log_roles):
     assert await seqs(0, 1) == [1]
     assert await seqs(603) == []
     assert await seqs(7, 5) == []
+    assert await seqs(-3) == [600, 601, 602]
+    assert await seqs(-3, -2) == [600, 601]
+    assert await seqs(601, -1) == [601, 602]
+    assert await seqs(-9999, 2) == [1, 2]
+    assert await seqs(1, -9999) == []
     with pytest.raises(SessionNotFound):
         await log_roles.log.get_events(make.new_sid())
+
+
+async def test_a_filter_by_type_looks_at_the_whole_range(log_roles):
+    sid = await make.start(log_roles.log)
+    lease = await make.take(log_roles.worker, sid)
+    for number in range(70):
+        more = [make.result(f"r{number}")] if number % 30 == 0 else []
+        await log_roles.worker.append(lease, [NewEvent(ev.STATUS_RUNNING, {}), *more])
+
+    async def found(*args, **more):
+        events = await log_roles.log.get_events(sid, *args, **more)
+        return [(event.seq, event.type) for event in events]
+
+    wanted = [(5, ev.TOOL_RESULT), (36, ev.TOOL_RESULT), (67, ev.TOOL_RESULT)]
+    assert await found(types={ev.TOOL_RESULT}) == wanted
+    assert await found(types={ev.TOOL_RESULT}, limit=2) == wanted[:2]
+    assert await found(6, -1, types=[ev.TOOL_RESULT, ev.USER_MESSAGE]) == wanted[1:]
+    assert await found(types=[]) == []
 
 
 async def test_follow_gives_old_and_new_events_and_ends_with_the_log(log_roles, monkeypatch):

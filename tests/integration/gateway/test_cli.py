@@ -70,6 +70,12 @@ async def test_events_as_text_raw_and_public(rig, cli):
     assert raw[0]["payload"] == stored[0].body
     later = await cli("events", "--raw", "--start", "5", "fix")
     assert json.loads(later.splitlines()[0])["seq"] == 5
+    tail = (await cli("events", "--raw", "--from", "-4", "--to", "-2", "fix")).splitlines()
+    assert [json.loads(line)["seq"] for line in tail] == [event.seq for event in stored[-4:-1]]
+    idle = await cli("events", "--raw", "--type", "tool.result", "--until-idle", "fix")
+    assert [json.loads(line)["type"] for line in idle.splitlines()] == ["tool.result"]
+    refused = await cli("events", "--json", "--type", "tool.result", "fix", code=2)
+    assert "--raw only" in refused
     public = [json.loads(line) for line in (await cli("events", "--json", "fix")).splitlines()]
     assert public[-1]["stop_reason"] == {"type": "end_turn"}
 

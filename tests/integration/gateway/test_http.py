@@ -51,6 +51,11 @@ async def test_the_raw_log(rig):
     ]
     assert found[0]["payload"] == stored[0].body
     assert [line["seq"] for line in await lines(rig, "?start=4&end=6")] == [4, 5, 6]
+    last = stored[-1].seq
+    assert [line["seq"] for line in await lines(rig, "?start=-2")] == [last - 1, last]
+    assert [line["seq"] for line in await lines(rig, "?start=1&end=-9999")] == []
+    found = await lines(rig, "?types=tool.result,model.response")
+    assert [line["type"] for line in found] == ["model.response", "tool.result", "model.response"]
 
 
 async def test_following_the_raw_log_to_its_end(rig):
@@ -63,7 +68,9 @@ async def test_following_the_raw_log_to_its_end(rig):
     assert found[-1]["type"] == "session.deleted"
 
 
-@pytest.mark.parametrize("query", ["start=0", "end=x", "follow=maybe", "follow=true&end=3"])
+@pytest.mark.parametrize(
+    "query", ["start=0", "start=--1", "end=x", "follow=maybe", "follow=true&end=3"]
+)
 async def test_bad_log_parameters(rig, query):
     await rig.create()
     status, body, _ = await rig.call("GET", f"/v1/sessions/{SID}/log?{query}")

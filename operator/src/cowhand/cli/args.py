@@ -123,7 +123,23 @@ def _people(commands: Any, shared: argparse.ArgumentParser) -> None:
     form = events.add_mutually_exclusive_group()
     form.add_argument("--raw", action="store_true", help="the log itself, a JSON object a line")
     form.add_argument("--json", action="store_true", help="events of the Managed Agents API")
-    events.add_argument("--start", type=int, default=1, metavar="N", help="first position")
+    events.add_argument(
+        "--from",
+        "--start",
+        type=int,
+        default=1,
+        dest="start",
+        metavar="N",
+        help="first position; negative: from the end (--from -20: the last 20 events)",
+    )
+    events.add_argument("--to", type=int, default=None, metavar="N", help="last position")
+    events.add_argument(
+        "--type",
+        action="append",
+        default=[],
+        metavar="TYPE",
+        help="only events of this type of the log, for example tool.result; may be repeated",
+    )
     _drawing(events)
 
     send = command("send", "send", "send a message to a session")

@@ -104,14 +104,28 @@ def get(args: argparse.Namespace) -> int:
 def events(args: argparse.Namespace) -> int:
     """`cowhand events`."""
     form = "raw" if args.raw else "json" if args.json else "text"
-    if args.start < 1:
-        raise UserError("--start: positions count from 1")
-    if form == "json" and args.start > 1 and not (args.follow or args.until_idle):
-        raise UserError("--start works with --json only together with -f; use --raw for positions")
+    _check_range(args, form)
     to = connection.target(args)
     style = watch.style(args.color, full=args.full, verbose=args.verbose)
-    options = watch.Options(form, args.follow, args.until_idle, args.start, style)
+    options = watch.Options(
+        form, args.follow, args.until_idle, args.start, style, args.to, tuple(args.type)
+    )
     return watch.show(to, session_id(to, args.session), options)
+
+
+def _check_range(args: argparse.Namespace, form: str) -> None:
+    """Positions and filters of `cowhand events`. Raises UserError."""
+    if args.start == 0 or args.to == 0:
+        raise UserError("--from, --to: positions count from 1, and from the end with -1")
+    following = args.follow or args.until_idle
+    if args.to is not None and following:
+        raise UserError("--to cannot be combined with -f or --until-idle")
+    if form != "json":
+        return
+    if args.type or args.to is not None or args.start < 0:
+        raise UserError("--type, --to and positions from the end work with text and --raw only")
+    if args.start > 1 and not following:
+        raise UserError("--from works with --json only together with -f; use --raw for positions")
 
 
 def _send(args: argparse.Namespace, *events: Json) -> Json:

@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -82,10 +82,13 @@ class Source:
         with connection.connect(self._to) as client:
             return client.call("GET", f"/v1/sessions/{self.session_id}")
 
-    def raw(self, start: int, *, follow: bool) -> Iterator[tuple[Json, Json]]:
+    def raw(
+        self, start: int, *, follow: bool, end: int | None = None, types: Sequence[str] = ()
+    ) -> Iterator[tuple[Json, Json]]:
         """(session object, event) for each event of the raw log from `start` on.
 
-        The session object is as it was when the connection was made.
+        The session object is as it was when the connection was made. Negative positions count from the end;
+        `types` keeps only events of these types.
 
         Raises:
             GatewayUnavailable: no connection for 60 s, or (without `follow`) once.
@@ -97,6 +100,8 @@ class Source:
             nonlocal position
             session = client.call("GET", f"/v1/sessions/{self.session_id}")
             query = {"start": str(position), "follow": "true" if follow else "false"}
+            query |= {"end": str(end)} if end is not None else {}
+            query |= {"types": ",".join(types)} if types else {}
             for line in client.lines(f"/v1/sessions/{self.session_id}/log", query):
                 if not line:
                     continue
@@ -186,8 +191,10 @@ class Options:
         form: `text`, `raw` (lines of the raw log) or `json` (public events).
         follow: go on with new events.
         until_idle: end with the turn.
-        start: first position.
+        start: first position; negative: from the end.
         style: how text is drawn.
+        end: last position, None for the newest.
+        types: types of the raw log to show, empty for all.
     """
 
     form: str
@@ -195,6 +202,8 @@ class Options:
     until_idle: bool
     start: int
     style: render.Style
+    end: int | None = None
+    types: tuple[str, ...] = ()
 
 
 def show(to: Target, session_id: str, options: Options) -> int:
@@ -205,9 +214,13 @@ def show(to: Target, session_id: str, options: Options) -> int:
     turn = Turn()
     calls: dict[str, str] = {}
     follow = options.follow or options.until_idle
-    for session, event in source.raw(options.start, follow=follow):
+    # Where the end of the turn counts, the events that tell it must come too: then the filter is ours.
+    asked = () if options.until_idle else options.types
+    for session, event in source.raw(options.start, follow=follow, end=options.end, types=asked):
         turn.feed(event)
-        if options.form == "raw":
+        if options.types and event["type"] not in options.types:
+            pass
+        elif options.form == "raw":
             print(dump(event), flush=True)
         else:
             calls.update(render.calls_of(event))

@@ -19,7 +19,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from cowhand import __version__
-from cowhand.errors import CowhandError, LogIncompatible, SessionNotFound, UserError
+from cowhand.errors import CowhandError, LogIncompatible, SessionNotFound
 from cowhand.gateway import exec as sandbox_exec
 from cowhand.gateway import log as rawlog
 from cowhand.gateway import messages, paging
@@ -31,7 +31,7 @@ from cowhand.gateway.sessions import session_object
 from cowhand.gateway.sse import PING, Renderer, error_frame, resume_position
 from cowhand.gateway.window import chunks, context_at
 from cowhand.session import events as ev
-from cowhand.session.log import SessionLog, SessionState
+from cowhand.session.log import SessionLog, SessionState, from_end
 
 MAX_BODY: Final = 4 * 1024 * 1024
 """Bytes of a request body: one event of the largest size, however its JSON escapes it, or several."""
@@ -339,24 +339,20 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
 
 async def read_log(request: web.Request) -> web.StreamResponse:
     """`GET /v1/sessions/{id}/log`."""
-    start = paging.integer(request.query, "start", 1, low=1)
-    end = paging.integer(request.query, "end", 0, low=1) or None
-    follow = request.query.get("follow", "false")
-    if follow not in ("true", "false", "1", "0"):
-        raise UserError(f"follow: {follow!r} is not true or false", field="follow")
-    if follow in ("true", "1") and end is not None:
-        raise UserError("end: cannot be combined with follow", field="end")
+    query = rawlog.parse(request.query)
     target = await _target(request, READ)
+    start, end = from_end(query.start, query.end, target.state.next_seq)
     response = _stream_response("application/x-ndjson")
     response.headers["request-id"] = request[REQUEST_ID]
     await response.prepare(request)
-    if follow in ("true", "1"):
-        await _follow(request, response, target, start, rawlog.line, b"\n", rawlog.error_line)
+    if query.follow:
+        await _follow(request, response, target, start, query.render, b"\n", rawlog.error_line)
         return response
     try:
         async for found in chunks(target.log, target.session_id, start, end):
             for event in found:
-                await response.write(rawlog.line(event))
+                if line := query.render(event):
+                    await response.write(line)
     except CowhandError as err:
         await response.write(rawlog.error_line(answer(err, request[REQUEST_ID]).body))
     return response

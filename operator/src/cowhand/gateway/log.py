@@ -7,9 +7,65 @@ Empty lines are keep-alives. A line `{"error":...}` at the end says why a follow
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
+from multidict import MultiMapping
+
+from cowhand.errors import UserError
 from cowhand.session.events import Event
+
+
+@dataclass(frozen=True)
+class Query:
+    """A parsed query string.
+
+    Attributes:
+        start: first position; negative: from the end, -1 is the newest event.
+        end: last position, None for the newest.
+        follow: go on with new events.
+        types: types to keep, empty for all.
+    """
+
+    start: int = 1
+    end: int | None = None
+    follow: bool = False
+    types: frozenset[str] = frozenset()
+
+    def render(self, event: Event) -> bytes:
+        """The line of an event, empty for one that the filter leaves out."""
+        return line(event) if not self.types or event.type in self.types else b""
+
+
+def _position(query: MultiMapping[str], name: str) -> int | None:
+    raw = query.get(name, "")
+    if not raw:
+        return None
+    digits = raw.removeprefix("-")
+    if not digits.isdecimal() or len(digits) > 15 or int(digits) == 0:
+        raise UserError(
+            f"{name}: {raw!r} is not a position: they count from 1, and from the end with -1",
+            field=name,
+        )
+    return int(raw)
+
+
+def parse(query: MultiMapping[str]) -> Query:
+    """The query of a request: `start`, `end`, `follow`, `types` (comma separated, may be repeated).
+
+    Raises:
+        UserError: a value that is not valid; `field` names the parameter.
+    """
+    start = _position(query, "start") or 1
+    end = _position(query, "end")
+    follow = query.get("follow", "false")
+    if follow not in ("true", "false", "1", "0"):
+        raise UserError(f"follow: {follow!r} is not true or false", field="follow")
+    if follow in ("true", "1") and end is not None:
+        raise UserError("end: cannot be combined with follow", field="end")
+    given = [*query.getall("types", []), *query.getall("types[]", [])]
+    types = frozenset(word for text in given for word in text.split(",") if word)
+    return Query(start, end, follow in ("true", "1"), types)
 
 
 def line(event: Event) -> bytes:

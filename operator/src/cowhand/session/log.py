@@ -14,7 +14,7 @@ stands with it. Called by operator, broker, gateway and harness.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -199,12 +199,19 @@ class SessionLog(Protocol):
         """
 
     async def get_events(
-        self, session_id: str, start: int = 1, end: int | None = None, *, limit: int | None = None
+        self,
+        session_id: str,
+        start: int = 1,
+        end: int | None = None,
+        *,
+        limit: int | None = None,
+        types: Collection[str] | None = None,
     ) -> list[Event]:
         """Events `start..end`, both inclusive, positions from 1; `end` None is the newest.
 
-        An empty range of an existing session is an empty list. `limit` cuts the list at its end.
-        Raises SessionNotFound.
+        A negative position counts from the end of the log (rewind): -1 is the newest event. `types` keeps only
+        events of these types. An empty range of an existing session is an empty list. `limit` cuts the list at
+        its end, after the filter. Raises SessionNotFound.
         """
 
     async def get_session(self, session_id: str) -> SessionState:
@@ -217,6 +224,15 @@ class SessionLog(Protocol):
         when the log is deleted under it. Raises SessionNotFound at the first step; after StoreUnavailable follow
         again from the last position + 1. To leave it early cancel the task that iterates, or `aclose` it.
         """
+
+
+def from_end(start: int, end: int | None, next_seq: int) -> tuple[int, int | None]:
+    """Positions with those from the end (negative, -1 is the newest) made absolute; may be an empty range."""
+    if start < 0:
+        start = max(1, next_seq + start)
+    if end is not None and end < 0:
+        end = max(0, next_seq + end)
+    return start, end
 
 
 class WorkerLog(Protocol):

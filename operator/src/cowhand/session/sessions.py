@@ -6,7 +6,7 @@ Used by the gateway, the operator and the harness.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import TYPE_CHECKING, Final
 
 from cowhand.errors import SessionNotFound, UserError
@@ -25,7 +25,7 @@ from cowhand.session.events import (
     NewEvent,
 )
 from cowhand.session.keys import Keys
-from cowhand.session.log import Created, SessionMeta, SessionState
+from cowhand.session.log import Created, SessionMeta, SessionState, from_end
 
 if TYPE_CHECKING:
     from cowhand.session.store import Store
@@ -155,16 +155,29 @@ class RedisSessionLog:
             await self._store.wait()
 
     async def get_events(
-        self, session_id: str, start: int = 1, end: int | None = None, *, limit: int | None = None
+        self,
+        session_id: str,
+        start: int = 1,
+        end: int | None = None,
+        *,
+        limit: int | None = None,
+        types: Collection[str] | None = None,
     ) -> list[Event]:
         """See `log.SessionLog.get_events`."""
-        events = await self._range(session_id, start, end, limit)
+        if start < 0 or (end is not None and end < 0):
+            start, end = from_end(start, end, (await self.get_session(session_id)).next_seq)
+        events = await self._range(session_id, start, end, limit, types)
         if not events:
             await self._must_exist(session_id)
         return events
 
     async def _range(
-        self, session_id: str, start: int, end: int | None, limit: int | None
+        self,
+        session_id: str,
+        start: int,
+        end: int | None,
+        limit: int | None,
+        types: Collection[str] | None = None,
     ) -> list[Event]:
         log = self._keys.session(session_id).log
         last = "+" if end is None else f"{end}-0"
@@ -172,16 +185,17 @@ class RedisSessionLog:
         events: list[Event] = []
         chunk = CHUNK
         while (end is None or position <= end) and (limit is None or len(events) < limit):
-            count = chunk if limit is None else min(chunk, limit - len(events))
+            few = limit is not None and types is None
+            count = min(chunk, limit - len(events)) if few and limit is not None else chunk
             raw = await self._store.reads.call("XRANGE", log, f"{position}-0", last, "COUNT", count)
             found = [codec.event(entry) for entry in raw]
-            events += found
+            events += found if types is None else [item for item in found if item.type in types]
             if len(raw) < count:
                 break
             small = sum(len(event.payload) for event in found) <= SMALL_CHUNK
             chunk = min(MAX_CHUNK, chunk * 2) if small else CHUNK
-            position = events[-1].seq + 1
-        return events
+            position = found[-1].seq + 1
+        return events if limit is None else events[:limit]
 
     async def _must_exist(self, session_id: str) -> None:
         if not await self._store.reads.call("EXISTS", self._keys.session(session_id).meta):

@@ -356,7 +356,13 @@ class FakeModel:
         self._script = script
 
     async def stream(
-        self, body: bytes, *, session_id: str, lease: str, on_text: Callable[[str], None]
+        self,
+        body: bytes,
+        *,
+        session_id: str,
+        lease: str,
+        on_text: Callable[[str], None],
+        betas: Sequence[str] = (),
     ) -> Response:
         await self._log._point("model")
         request = json.loads(body)

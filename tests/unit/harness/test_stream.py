@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
+from cowhand.harness.request import response_blocks
 from cowhand.harness.stream import Accumulator, ModelError
+from cowhand.session import events as ev
+from cowhand.session.events import NewEvent
 
 
 def start(**usage: int) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def end(reason: str | None = "end_turn", **more: Any) -> list[dict[str, Any]]:
 def gather(*events: dict[str, Any]) -> dict[str, Any]:
     gathered = Accumulator()
     for event in events:
-        gathered.feed(event)
+        gathered.feed(json.dumps(event))
     return gathered.message()
 
 
@@ -93,7 +97,7 @@ def test_feed_answers_visible_text_only() -> None:
         ),
         *block(1, {"type": "text", "text": ""}, text("a"), text("b")),
     ]
-    assert "".join(gathered.feed(event) for event in events) == "ab"
+    assert "".join(gathered.feed(json.dumps(event)) for event in events) == "ab"
 
 
 @pytest.mark.parametrize("keep", range(6))
@@ -143,3 +147,66 @@ def test_a_refusal_may_be_empty() -> None:
 
 def test_a_long_error_message_is_cut() -> None:
     assert len(str(ModelError("api_error", "x" * 10_000))) == 2000
+
+
+WIRE = r"""{"type":"message_start","message":{"id":"m","content":[],"stop_reason":null,"usage":{"input":3,"odd":1.50}}}
+{"type":"content_block_start","index":0,"content_block":{"type":"thinking","thinking":"","signature":""}}
+{"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":"h\u00e9 \ud83d"}}
+{"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":"\ude00"}}
+{"type":"content_block_delta","index":0,"delta":{"type":"signature_delta","signature":"a\/b+c=="}}
+{"type":"content_block_stop","index":0}
+{"type":"content_block_start","index":1,"content_block":{"type":"of_the_future","z":1.0,"a":{"y":1e5,"b":[0.10,-0,12345678901234567890123]},"u":"\u00fc"}}
+{"type":"content_block_stop","index":1}
+{"type":"content_block_start","index":2,"content_block":{"type":"tool_use","id":"t","name":"bash","input":{},"caller":{"type":"direct"}}}
+{"type":"content_block_delta","index":2,"delta":{"type":"input_json_delta","partial_json":"{\"z\": 1.0, \"a\""}}
+{"type":"content_block_delta","index":2,"delta":{"type":"input_json_delta","partial_json":": 1E+2,\"é\": \"\\u00e9\"}"}}
+{"type":"content_block_stop","index":2}
+{"type":"message_delta","delta":{"stop_reason":"tool_use"},"usage":{"output_tokens":7.0},"extra":[ 1.0 ]}
+{"type":"message_stop"}"""
+
+KEPT = (
+    '{"id":"m","content":['
+    '{"type":"thinking","thinking":"hé 😀","signature":"a\\/b+c=="},'
+    '{"type":"of_the_future","z":1.0,"a":{"y":1e5,"b":[0.10,-0,12345678901234567890123]},"u":"\\u00fc"},'
+    '{"type":"tool_use","id":"t","name":"bash","input":{"z": 1.0, "a": 1E+2,"é": "\\u00e9"},'
+    '"caller":{"type":"direct"}}],'
+    '"stop_reason":"tool_use","usage":{"input":3,"odd":1.50,"output_tokens":7.0},"extra":[ 1.0 ]}'
+)
+
+
+def test_the_text_of_the_wire_is_kept_byte_for_byte_and_goes_back_so() -> None:
+    gathered = Accumulator()
+    for line in WIRE.splitlines():
+        gathered.feed(line)
+    message = gathered.message()
+    assert message.raw.decode() == KEPT
+    assert message == json.loads(KEPT)
+    payload = NewEvent(ev.MODEL_RESPONSE, {"message": message, "request_id": "r"}).payload()
+    sent = b",".join(item.raw for item in response_blocks(payload))
+    assert sent.decode() == KEPT[KEPT.index("[") + 1 : KEPT.index('],"stop_reason')]
+
+
+def test_control_decoding_and_encoding_again_loses_spelling() -> None:
+    again = json.dumps(json.loads(KEPT), ensure_ascii=False, separators=(",", ":"))
+    assert json.loads(again) == json.loads(KEPT)
+    assert again != KEPT
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_what_python_takes_for_a_number_and_json_does_not_is_refused(number: str) -> None:
+    with pytest.raises(ValueError):
+        Accumulator().feed(f'{{"type":"message_start","message":{{"usage":{number}}}}}')
+    gathered = Accumulator()
+    for event in (start(), *block(0, TOOL, json_part(f'{{"x":{number}}}')), *end("tool_use")):
+        gathered.feed(json.dumps(event))
+    with pytest.raises(ModelError):
+        gathered.message()
+
+
+def test_half_a_surrogate_pair_in_an_escape_is_replaced_everywhere() -> None:
+    gathered = Accumulator()
+    for event in (start(), *block(0, {"type": "future", "a": "\ud83d", "n": 1}), *end()):
+        gathered.feed(json.dumps(event))
+    message = gathered.message()
+    assert message["content"][0]["a"] == "�"
+    assert message == json.loads(message.raw.decode())

@@ -20,6 +20,7 @@ from cowhand.harness.request import (
     block,
     content_blocks,
     prefix_sha,
+    response_blocks,
     tool_result_block,
 )
 from cowhand.session import events as ev
@@ -154,6 +155,7 @@ class Conversation:
     status: dict[str, Any] = field(default_factory=st.empty_status)
     _turn_start: int = 0
     _turn_results: tuple[Block, ...] = ()
+    _payload: bytes = field(default=b"", repr=False, compare=False)
 
     # What follows from the state.
 
@@ -243,6 +245,7 @@ class Conversation:
             _check(event)
             data = event.data
             self.status = st.after(self.status, [(event.type, data)])
+            self._payload = event.payload
             handler(self, event.seq, data)
         self.last_seq = event.seq
 
@@ -345,8 +348,7 @@ class Conversation:
         if self.stop_reason == "refusal":
             self._cut_turn()
             return
-        content = message.get("content") or []
-        blocks = content_blocks(content)
+        blocks = response_blocks(self._payload)
         if blocks:
             self.messages.append(Message("assistant", blocks))
         self.uses = tool_uses(message)

@@ -8,10 +8,9 @@ Retries are the loop's, each of them logged.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
@@ -44,7 +43,7 @@ class Response:
     """A complete response.
 
     Attributes:
-        message: the message as received, content blocks in order.
+        message: the message as received, content blocks in order; a `RawObject` keeps its text.
         request_id: the API's id of the request, or empty.
         ttft_ms: milliseconds from sending to the first content block.
         duration_ms: milliseconds from sending to the end.
@@ -60,9 +59,22 @@ class Model(Protocol):
     """Sends one Messages request."""
 
     async def stream(
-        self, body: bytes, *, session_id: str, lease: str, on_text: Callable[[str], None]
+        self,
+        body: bytes,
+        *,
+        session_id: str,
+        lease: str,
+        on_text: Callable[[str], None],
+        betas: Sequence[str] = (),
     ) -> Response:
         """Send `body` as it is; `on_text` gets each piece of visible text as it comes.
+
+        Args:
+            body: the request.
+            session_id: for the proxy.
+            lease: for the proxy.
+            on_text: called as the answer streams.
+            betas: values of the header `anthropic-beta`.
 
         Raises:
             ModelError: no complete response.
@@ -129,30 +141,38 @@ class AnthropicModel:
         await self._client.close()
 
     async def stream(
-        self, body: bytes, *, session_id: str, lease: str, on_text: Callable[[str], None]
+        self,
+        body: bytes,
+        *,
+        session_id: str,
+        lease: str,
+        on_text: Callable[[str], None],
+        betas: Sequence[str] = (),
     ) -> Response:
         """See `Model`."""
+        headers = {
+            "content-type": "application/json",
+            "x-cowhand-session": session_id,
+            "x-cowhand-lease": lease,
+        }
+        if betas:
+            headers["anthropic-beta"] = ",".join(betas)
         try:
-            return await self._stream(body, session_id, lease, on_text)
+            return await self._stream(body, headers, on_text)
         except (anthropic.AnthropicError, httpx2.HTTPError, httpx2.StreamError) as err:
             raise classify(err) from err
         except _MALFORMED as err:
             raise ModelError("stream_cut", f"the stream is not valid: {err!r}") from err
 
     async def _stream(
-        self, body: bytes, session_id: str, lease: str, on_text: Callable[[str], None]
+        self, body: bytes, headers: dict[str, str], on_text: Callable[[str], None]
     ) -> Response:
         began = time.monotonic()
-        headers = {
-            "content-type": "application/json",
-            "x-cowhand-session": session_id,
-            "x-cowhand-lease": lease,
-        }
         # cast_to is only the type of parsed events, which we never ask for.
         stream = cast(
             "anthropic.AsyncStream[object]",
             await self._client.post(
-                "/v1/messages",
+                "/v1/messages?beta=true" if "anthropic-beta" in headers else "/v1/messages",
                 cast_to=object,
                 content=body,
                 options={"headers": headers},
@@ -165,7 +185,7 @@ class AnthropicModel:
             async for item in stream.raw_events(stream.response):
                 if not item.data or item.event == "ping":
                     continue
-                text = gathered.feed(json.loads(item.data))
+                text = gathered.feed(item.data)
                 if ttft is None and gathered.started:
                     ttft = time.monotonic() - began
                 if text:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from cowhand.session import rawjson
+
 ASSEMBLER: Final = 1
 """Version of the rules in this module and in `fold`; pinned in `session.created`."""
 
@@ -69,6 +71,29 @@ def content_blocks(content: Any) -> tuple[Block, ...]:
     return tuple(
         block(item) for item in content if not (item.get("type") == "text" and not item.get("text"))
     )
+
+
+def response_blocks(payload: bytes) -> tuple[Block, ...]:
+    """Content blocks of a `model.response`, each as the text that came; empty text is left out.
+
+    Args:
+        payload: of the event.
+
+    Raises:
+        ValueError, KeyError: not such a payload.
+    """
+    message = rawjson.members(rawjson.members(rawjson.members(payload.decode())["d"])["message"])
+    content = message.get("content", "null")
+    blocks = []
+    for text in rawjson.items(content) if content != "null" else ():
+        parts = rawjson.members(text)
+        kind = str(rawjson.decode(parts.get("type", '""')))
+        if kind == "text" and parts.get("text", '""') in ('""', "null"):
+            continue
+        if parts.pop("cache_control", None) is not None:
+            text = rawjson.join(parts)
+        blocks.append(Block(kind, text.encode()))
+    return tuple(blocks)
 
 
 def tool_result_block(tool_use_id: str, content: str, is_error: bool) -> Block:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
+from cowhand.session import rawjson
+from cowhand.session.rawjson import RawObject
+
 PAYLOAD_VERSION: Final = 1
 """Version written into `v` of each payload."""
 
@@ -85,9 +88,17 @@ class NewEvent:
     cause: str = ""
 
     def payload(self) -> bytes:
-        """The bytes stored in field `p`: `{"v","th","c","d"}`, compact JSON, UTF-8."""
-        body = {"v": PAYLOAD_VERSION, "th": "main", "c": self.cause, "d": self.data}
-        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        """The bytes stored in field `p`: `{"v","th","c","d"}`, compact JSON, UTF-8.
+
+        A `RawObject` among the values of `data` is written as the text it came with.
+        """
+        kept = {key: value.raw for key, value in self.data.items() if isinstance(value, RawObject)}
+        parts = (
+            rawjson.dumps(key).encode() + b":" + (kept.get(key) or rawjson.dumps(value).encode())
+            for key, value in self.data.items()
+        )
+        head = {"v": PAYLOAD_VERSION, "th": "main", "c": self.cause}
+        return rawjson.dumps(head)[:-1].encode() + b',"d":{' + b",".join(parts) + b"}}"
 
 
 @dataclass(frozen=True)

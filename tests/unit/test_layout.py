@@ -127,7 +127,18 @@ def test_control_registries_and_homes_are_found(text: str, count: int) -> None:
 @pytest.mark.parametrize(
     ("process", "forbidden"),
     [
-        ("proxy", {"pydantic", "kopf", "kubernetes", "redis", "anthropic", "aiohttp"}),
+        (
+            "proxy",
+            {
+                "pydantic",
+                "kopf",
+                "kubernetes",
+                "redis",
+                "anthropic",
+                "aiohttp",
+                "prometheus_client",
+            },
+        ),
         ("harness", {"kopf", "kubernetes"}),
         ("broker", {"kopf", "anthropic"}),
         ("gateway", {"kopf", "anthropic"}),

@@ -78,6 +78,31 @@ args: [{{ .command }}]
 - {name: COWHAND_STORE_PROFILE, value: {{ .root.Values.store.profile | quote }}}
 {{- end }}
 
+{{/* Environment that opens the metrics port. */}}
+{{- define "cowhand.metricsEnv" -}}
+- {name: COWHAND_METRICS_PORT, value: {{ ternary .Values.metrics.port 0 .Values.metrics.enabled | quote }}}
+{{- end }}
+
+{{/* The metrics port of a container. */}}
+{{- define "cowhand.metricsPort" -}}
+{{- if .Values.metrics.enabled }}
+- {name: metrics, containerPort: {{ .Values.metrics.port }}}
+{{- end }}
+{{- end }}
+
+{{/* Ingress rule for the metrics: pods of the release's namespace, and those of metrics.from. */}}
+{{- define "cowhand.metricsIngress" -}}
+{{- if .Values.metrics.enabled }}
+- ports: [{protocol: TCP, port: {{ .Values.metrics.port }}}]
+  from:
+    - namespaceSelector:
+        matchLabels: {kubernetes.io/metadata.name: {{ .Release.Namespace }}}
+    {{- with .Values.metrics.from }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "cowhand.storeMounts" -}}
 - {name: store-login, mountPath: /etc/cowhand/store, readOnly: true}
 - {name: store-ca, mountPath: /etc/cowhand/store-ca, readOnly: true}

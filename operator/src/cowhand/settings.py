@@ -113,6 +113,8 @@ class OperatorSettings:
     """Sessions in work per harness pod that scaling aims at (default 50)."""
     lease_seconds: int
     """Duration of the leader Lease (default 30); renew deadline and retry follow from it."""
+    metrics_port: int = 0
+    """Port of the metrics, plain HTTP (`COWHAND_METRICS_PORT`, default 0: none)."""
 
 
 def operator(env: Mapping[str, str] | None = None) -> OperatorSettings:
@@ -135,6 +137,7 @@ def operator(env: Mapping[str, str] | None = None) -> OperatorSettings:
         harness_max=_get(env, "HARNESS_MAX", 10, int),
         sessions_per_harness=_get(env, "SESSIONS_PER_HARNESS", 50, int),
         lease_seconds=_get(env, "LEASE_SECONDS", 30, int),
+        metrics_port=_get(env, "METRICS_PORT", 0, int),
     )
 
 
@@ -159,6 +162,8 @@ class HarnessSettings:
     """Characters of a tool's output that Claude sees (default 30000)."""
     hand_wait_s: float
     """How long a tool call waits for its sandbox (default 180)."""
+    metrics_port: int = 0
+    """Port of the metrics, plain HTTP (`COWHAND_METRICS_PORT`, default 0: none)."""
 
 
 def harness(env: Mapping[str, str] | None = None) -> HarnessSettings:
@@ -174,6 +179,7 @@ def harness(env: Mapping[str, str] | None = None) -> HarnessSettings:
         tool_timeout_ms=_get(env, "TOOL_TIMEOUT_MS", 120_000, int),
         max_tool_output=_get(env, "MAX_TOOL_OUTPUT", 30_000, int),
         hand_wait_s=_get(env, "HAND_WAIT_SECONDS", 180.0, float),
+        metrics_port=_get(env, "METRICS_PORT", 0, int),
     )
 
 
@@ -241,6 +247,8 @@ class BrokerSettings:
     """ServiceAccount name of harness pods in a tenant (default cowhand-harness)."""
     sandbox_account: str
     """ServiceAccount name of sandbox pods in a tenant (default cowhand-sandbox)."""
+    metrics_port: int = 0
+    """Port of the metrics, plain HTTP (`COWHAND_METRICS_PORT`, default 0: none)."""
 
 
 def broker(env: Mapping[str, str] | None = None) -> BrokerSettings:
@@ -260,6 +268,7 @@ def broker(env: Mapping[str, str] | None = None) -> BrokerSettings:
         ),
         harness_account=_get(env, "HARNESS_ACCOUNT", "cowhand-harness", str),
         sandbox_account=_get(env, "SANDBOX_ACCOUNT", "cowhand-sandbox", str),
+        metrics_port=_get(env, "METRICS_PORT", 0, int),
     )
 
 
@@ -282,6 +291,8 @@ class GatewaySettings:
     """CA of the broker."""
     token_file: str
     """Projected token with audience cowhand-broker."""
+    metrics_port: int = 0
+    """Port of the metrics, plain HTTP (`COWHAND_METRICS_PORT`, default 0: none)."""
 
 
 def gateway(env: Mapping[str, str] | None = None) -> GatewaySettings:
@@ -296,6 +307,7 @@ def gateway(env: Mapping[str, str] | None = None) -> GatewaySettings:
         broker_url=_need(env, "BROKER_URL"),
         ca_file=_get(env, "CA_FILE", "/etc/cowhand/ca/ca.crt", str),
         token_file=_get(env, "TOKEN_FILE", "/var/run/secrets/cowhand/token", str),
+        metrics_port=_get(env, "METRICS_PORT", 0, int),
     )
 
 

@@ -21,6 +21,7 @@ from cowhand.errors import Denied, Retryable, SessionNotFound, UserError
 from cowhand.kube import kinds
 from cowhand.kube.client import Kube
 from cowhand.session.log import ControlLog, HandRecord, SessionLog
+from cowhand.telemetry.metrics import count_request
 from cowhand.wire.keys import dump_keys
 from cowhand.wire.records import sign_record, verify_record
 from cowhand.wire.tokens import MAX_LIFETIME_S, HandClaims, sign
@@ -106,6 +107,7 @@ class Broker:
     def application(self) -> web.Application:
         """The aiohttp application."""
         app = web.Application(client_max_size=MAX_BODY)
+        app.on_response_prepare.append(_count)
         app.router.add_post("/v1/register", self._route(self.register))
         app.router.add_post("/v1/hand-token", self._route(self.hand_token))
         app.router.add_post("/v1/exec-token", self._route(self.exec_token))
@@ -275,6 +277,11 @@ class Broker:
             return _refused(refusal)
 
         return handle
+
+
+async def _count(request: web.Request, response: web.StreamResponse) -> None:
+    resource = request.match_info.route.resource
+    count_request(resource.canonical if resource is not None else None, response.status)
 
 
 async def _body(request: web.Request) -> Mapping[str, Any]:

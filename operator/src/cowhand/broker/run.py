@@ -19,6 +19,7 @@ from cowhand.errors import CowhandError, Retryable, UserError
 from cowhand.kube import client
 from cowhand.session.log import StoreConfig
 from cowhand.settings import BrokerSettings
+from cowhand.telemetry import metrics
 from cowhand.wire.tls import ServerCertificate
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ async def run(settings: BrokerSettings) -> None:
         raise UserError("COWHAND_TENANTS names no namespace.", field="TENANTS")
     certificate = ServerCertificate(settings.tls_cert, settings.tls_key)
     async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(metrics.serving(settings.metrics_port))
         watch = asyncio.create_task(certificate.watch())
         stack.callback(watch.cancel)
         kube = await client.connect()

@@ -33,6 +33,7 @@ from cowhand.reconcile.scaling import ScaleSettings
 from cowhand.session import connect as connect_store
 from cowhand.session.log import StoreConfig
 from cowhand.settings import OperatorSettings
+from cowhand.telemetry import metrics
 
 READY_FILE: Final = Path("/run/cowhand/ready")
 
@@ -104,6 +105,11 @@ def build(settings: OperatorSettings, kube: Kube, logs: Logs) -> tuple[Operator,
 
 async def run(settings: OperatorSettings, *, ready_file: Path = READY_FILE) -> None:
     """Run one replica until SIGTERM (returns) or until the lease is lost (raises LeadershipLost)."""
+    async with metrics.serving(settings.metrics_port):
+        await _run(settings, ready_file)
+
+
+async def _run(settings: OperatorSettings, ready_file: Path) -> None:
     kube = await connect()
     store = connect_store(StoreConfig(**asdict(settings.store)))
     loop = asyncio.get_running_loop()
@@ -114,6 +120,7 @@ async def run(settings: OperatorSettings, *, ready_file: Path = READY_FILE) -> N
         # Both replicas are ready: a waiting one is what a rolling update and a drain need.
         _show_ready(ready_file, True)
         await elector.acquire()
+        metrics.LEADING.set(1)
         logs = Logs(store.control_log(), lambda namespace: store.session_log(namespace))
         operator, scaler = build(settings, LeaderKube(kube, elector.leading), logs)
         await _until_first(elector.hold(), operator.run(), scaler.run(), _watch(settings, operator))

@@ -20,10 +20,19 @@ from cowhand.kube.client import Kube
 from cowhand.kube.errors import Forbidden, NotServed
 from cowhand.kube.kinds import Kind
 from cowhand.reconcile.scaling import Demand, ScaleSettings, scale_harness
+from cowhand.session.log import Backlog
+from cowhand.telemetry import metrics
 
 INTERVAL_S: Final = 5.0
 
 log = logging.getLogger(__name__)
+
+
+def _show(namespace: str, backlog: Backlog) -> None:
+    metrics.TENANT_SESSIONS.labels(namespace, "ready").set(backlog.ready)
+    metrics.TENANT_SESSIONS.labels(namespace, "leased").set(backlog.leased)
+    metrics.TENANT_WORKERS.labels(namespace).set(backlog.workers)
+    metrics.TENANT_OLDEST_READY.labels(namespace).set(backlog.oldest_ready_ms / 1000)
 
 
 class Scaler:
@@ -69,6 +78,7 @@ class Scaler:
             backlog = await self._logs.call(lambda: self._logs.control.backlog(namespace))
         except StoreUnavailable:
             return  # without the log there is nothing to scale by
+        _show(namespace, backlog)
         current = int((deployment.get("spec") or {}).get("replicas") or 0)
         available = int((deployment.get("status") or {}).get("availableReplicas") or 0)
         scale = scale_harness(

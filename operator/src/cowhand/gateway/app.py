@@ -32,6 +32,7 @@ from cowhand.gateway.sse import PING, Renderer, error_frame, resume_position
 from cowhand.gateway.window import chunks, context_at
 from cowhand.session import events as ev
 from cowhand.session.log import SessionLog, SessionState, from_end
+from cowhand.telemetry.metrics import count_request
 
 MAX_BODY: Final = 4 * 1024 * 1024
 """Bytes of a request body: one event of the largest size, however its JSON escapes it, or several."""
@@ -86,6 +87,7 @@ def build(gateway: Gateway) -> web.Application:
     """The application."""
     app = web.Application(middlewares=[_errors], client_max_size=MAX_BODY)
     app[GATEWAY] = gateway
+    app.on_response_prepare.append(_count)
     app.add_routes(
         [
             web.get("/healthz", healthz, allow_head=False),
@@ -98,6 +100,11 @@ def build(gateway: Gateway) -> web.Application:
         ]
     )
     return app
+
+
+async def _count(request: web.Request, response: web.StreamResponse) -> None:
+    resource = request.match_info.route.resource
+    count_request(resource.canonical if resource is not None else None, response.status)
 
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

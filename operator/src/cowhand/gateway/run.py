@@ -19,6 +19,7 @@ from cowhand.kube import client
 from cowhand.session import connect
 from cowhand.session.log import StoreConfig
 from cowhand.settings import GatewaySettings
+from cowhand.telemetry import metrics
 from cowhand.wire.tls import ServerCertificate
 
 SHUTDOWN_S = 5.0
@@ -39,6 +40,7 @@ async def run(settings: GatewaySettings) -> None:
         raise UserError("COWHAND_TENANTS names no namespace", field="TENANTS")
     certificate = ServerCertificate(settings.tls_cert, settings.tls_key)
     async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(metrics.serving(settings.metrics_port))
         watch = asyncio.create_task(certificate.watch())
         stack.callback(watch.cancel)
         kube = await client.connect()

@@ -7,11 +7,13 @@ instance, time limit) travels beside name and input, not in them.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cowhand.hands.base import Call, Hand, Outcome
+from cowhand.telemetry.metrics import TOOL_CALLS, TOOL_SECONDS
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ class Hands:
         delivery: Delivery,
     ) -> Outcome:
         """Run a tool; the text for Claude is `content` of the outcome. Raises Fenced."""
+        began = time.monotonic()
+        outcome = await self._execute(name, input, delivery)
+        TOOL_SECONDS.observe(time.monotonic() - began)
+        synthesized = "synthesized" if outcome.synthesized else ""
+        TOOL_CALLS.labels(synthesized or ("error" if outcome.is_error else "ok")).inc()
+        return outcome
+
+    async def _execute(self, name: str, input: Mapping[str, Any], delivery: Delivery) -> Outcome:  # noqa: A002
         try:
             hand = self._hand(delivery.hand)
         except KeyError:

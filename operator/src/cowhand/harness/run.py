@@ -17,10 +17,12 @@ from cowhand.hands.registry import Hands
 from cowhand.hands.sandbox import SandboxHand, SandboxSettings
 from cowhand.hands.transport import Credentials, PinnedTransport, ProxyCredentials, Transport
 from cowhand.harness.loop import LoopSettings, SessionLoop, Surroundings
+from cowhand.harness.metering import MeteredModel
 from cowhand.harness.model import AnthropicModel, Model
 from cowhand.harness.worker import Worker, WorkerSettings
 from cowhand.session.log import StoreConfig
 from cowhand.settings import HarnessSettings, StoreSettings
+from cowhand.telemetry import metrics
 
 log = logging.getLogger(__name__)
 
@@ -65,16 +67,20 @@ async def run(settings: HarnessSettings, *, ready_file: str = READY_FILE) -> Non
         StoreMismatch, Denied: the store is not the one we started with, or refuses us.
     """
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # one line for each request
+    async with metrics.serving(settings.metrics_port):
+        await _run(settings, Path(ready_file))
+
+
+async def _run(settings: HarnessSettings, ready: Path) -> None:
     model = AnthropicModel(settings.proxy_url)
     transport, credentials = PinnedTransport(), ProxyCredentials(settings.proxy_url)
     limits = SandboxSettings(wait_s=settings.hand_wait_s, max_output=settings.max_tool_output)
-    ready = Path(ready_file)
     store = session.connect(store_config(settings.store), namespace=settings.namespace)
     try:
         worker = Worker(
             store.worker_log(settings.pod_uid),
             store.session_log(),
-            surroundings(model, transport, credentials, limits),
+            surroundings(MeteredModel(model), transport, credentials, limits),
             WorkerSettings(
                 namespace=settings.namespace,
                 max_sessions=settings.max_sessions,

@@ -28,6 +28,7 @@ from cowhand.errors import (
 from cowhand.harness.journal import Journal
 from cowhand.harness.loop import LoopSettings, SessionLoop, Surroundings
 from cowhand.session.log import Held, Lease, SessionLog, WorkerLog
+from cowhand.telemetry.metrics import SESSIONS_HELD
 
 log = logging.getLogger(__name__)
 
@@ -218,12 +219,14 @@ class Worker:
             return
         task = asyncio.create_task(self.wake(session_id), name=session_id)
         self._sessions[session_id] = _Held(task)
+        SESSIONS_HELD.set(len(self._sessions))
         task.add_done_callback(lambda _: self._ended(session_id))
         if len(self._sessions) >= self._settings.max_sessions:
             self._room.clear()
 
     def _ended(self, session_id: str) -> None:
         held = self._sessions.pop(session_id, None)
+        SESSIONS_HELD.set(len(self._sessions))
         self._room.set()
         if session_id in self._again:
             self._again.discard(session_id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from redis.backoff import NoBackoff
 from cowhand.errors import CowhandError, Denied, StoreUnavailable, Terminal, UserError
 from cowhand.session.log import StoreConfig
 from cowhand.session.scripts import Script
+from cowhand.telemetry.metrics import STORE_SCRIPT_SECONDS, STORE_SCRIPTS
 
 Command = tuple[str | bytes | int, ...]
 
@@ -42,6 +44,10 @@ BATCH_BYTES: Final = 1024 * 1024
 
 _PASSING: Final = ("LOADING", "READONLY", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN", "BUSY ", "MOVED")
 _NO_PERMISSION: Final = ("NOPERM", "ACL failure", "The user executing the script can't")
+_OUTCOMES: Final = {
+    code.upper().encode(): code
+    for code in ("ok", "dup", "gap", "fenced", "closed", "nosession", "toobig", "quota")
+}
 _REFUSING: Final = ("OOM", "MISCONF", "NOREPLICAS")
 
 
@@ -92,6 +98,13 @@ def _starts(err: Exception, words: tuple[str, ...]) -> bool:
     if isinstance(err, redis_errors.OutOfMemoryError):
         return "OOM" in words
     return str(err).startswith(words)
+
+
+def _outcome(reply: Any) -> str:
+    """The label of a script's answer: its code, where it begins with one."""
+    if not isinstance(reply, list) or not reply or not isinstance(reply[0], bytes):
+        return "ok"
+    return _OUTCOMES.get(reply[0], "other")
 
 
 class Link:
@@ -206,7 +219,17 @@ class Pipe:
         self, name: str, keys: Sequence[str], *args: str | bytes | int
     ) -> tuple[Any, int]:
         """As `script`, with the generation of the connection that answered."""
-        return await self.call_on("EVALSHA", self._scripts[name].sha, len(keys), *keys, *args)
+        began, outcome = time.monotonic(), "error"
+        try:
+            found = await self.call_on("EVALSHA", self._scripts[name].sha, len(keys), *keys, *args)
+            outcome = _outcome(found[0])
+        except StoreUnavailable:
+            outcome = "unavailable"
+            raise
+        finally:
+            STORE_SCRIPTS.labels(name, outcome).inc()
+            STORE_SCRIPT_SECONDS.labels(name).observe(time.monotonic() - began)
+        return found
 
     async def _flush(self) -> None:
         pause = FIRST_PAUSE

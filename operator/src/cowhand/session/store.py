@@ -7,6 +7,7 @@ of our own appends), one for reads, one for nudges, and one for each blocking re
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ from cowhand.session.link import Link, Pipe, connection_factory, translate
 from cowhand.session.log import ControlLog, SessionLog, StoreConfig, WorkerLog
 from cowhand.session.sessions import RedisSessionLog
 from cowhand.session.worker import RedisWorkerLog
+from cowhand.telemetry.metrics import STORE_BARRIER_SECONDS
 
 WAIT_MS: Final = 1000
 """How long a barrier waits for a replica before it is asked again."""
@@ -171,7 +173,12 @@ class Store:
         Raises:
             StoreUnavailable: no replica has confirmed in time; what was written is not lost, ask again.
         """
-        replicas, generation = await self.writes.call_on("WAIT", 1, WAIT_MS)
-        if replicas < 1:
-            raise StoreUnavailable("no replica has confirmed the append", after=0.5)
+        began, outcome = time.monotonic(), "unavailable"
+        try:
+            replicas, generation = await self.writes.call_on("WAIT", 1, WAIT_MS)
+            if replicas < 1:
+                raise StoreUnavailable("no replica has confirmed the append", after=0.5)
+            outcome = "ok"
+        finally:
+            STORE_BARRIER_SECONDS.labels(outcome).observe(time.monotonic() - began)
         return generation

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from cowhand.session.codec import pairs
 from cowhand.session.keys import GROUP, Keys, SessionKeys
 from cowhand.session.scripts import PARTS
+from cowhand.telemetry.metrics import TAKEOVERS
 
 if TYPE_CHECKING:
     from cowhand.session.store import Store
@@ -54,7 +55,9 @@ class Upkeep:
             )
         )
         sids = [raw.decode() for group in found for raw in group]
-        return sum(await asyncio.gather(*(self._one("requeue", sid) for sid in sids)))
+        requeued = sum(await asyncio.gather(*(self._one("requeue", sid) for sid in sids)))
+        TAKEOVERS.inc(requeued)
+        return requeued
 
     async def _one(self, script: str, session_id: str, *args: str) -> int:
         keys = self._keys.session(session_id)

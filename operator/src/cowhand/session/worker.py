@@ -29,6 +29,7 @@ from cowhand.session.keys import GROUP, Keys
 from cowhand.session.link import Command, Link, translate
 from cowhand.session.log import HandRecord, Held, Lease, Parked, State
 from cowhand.session.upkeep import Upkeep
+from cowhand.telemetry.metrics import CLAIMS
 
 if TYPE_CHECKING:
     from cowhand.session.store import Store
@@ -240,6 +241,7 @@ class RedisWorkerLog:
         except SessionClosed:
             reply = ["CLOSED"]
         self._unsure_claims.pop(session_id, None)
+        CLAIMS.labels(reply[0].lower()).inc()
         if reply[0] == "DEADWORKER":
             return Held("DEADWORKER")
         left = self._nominated.pop(session_id, set()) - ids

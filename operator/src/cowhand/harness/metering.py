@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from cowhand.harness.model import Model, Response
@@ -38,13 +38,19 @@ class MeteredModel:
         self._model = model
 
     async def stream(
-        self, body: bytes, *, session_id: str, lease: str, on_text: Callable[[str], None]
+        self,
+        body: bytes,
+        *,
+        session_id: str,
+        lease: str,
+        on_text: Callable[[str], None],
+        betas: Sequence[str] = (),
     ) -> Response:
         """As the model inside."""
         outcome = "other"
         try:
             response = await self._model.stream(
-                body, session_id=session_id, lease=lease, on_text=on_text
+                body, session_id=session_id, lease=lease, on_text=on_text, betas=betas
             )
             outcome = "ok"
         except ModelError as err:

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT / "hack"), str(ROOT / "bench")]
 
-from e2e import rig as e2e  # noqa: E402
+import lab  # noqa: E402
 
 Row = dict[str, Any]
 MODEL_DELAY_MS = 300
@@ -49,7 +49,7 @@ def row(
 class ApiServer:
     """The API server over one warm connection (`kubectl proxy`), as a controller or a GitOps tool has it."""
 
-    def __init__(self, cluster: e2e.Cluster) -> None:
+    def __init__(self, cluster: lab.Cluster) -> None:
         self._process = subprocess.Popen(
             [cluster.binary, "proxy", "--port=0"],
             stdout=subprocess.PIPE,
@@ -76,7 +76,7 @@ class ApiServer:
 
 class Bench:
     def __init__(self) -> None:
-        self.rig = e2e.Rig()
+        self.rig = lab.Rig()
         self.api = ApiServer(self.rig.cluster)
         self.rows: list[Row] = []
 
@@ -85,26 +85,26 @@ class Bench:
         self.rig.close()
 
     @contextlib.contextmanager
-    def session(self, message: str, **spec: Any) -> Iterator[tuple[e2e.Session, float]]:
+    def session(self, message: str, **spec: Any) -> Iterator[tuple[lab.Session, float]]:
         """An AgentSession posted over the warm connection; yields it and the time just before."""
         name = f"bench-{uuid.uuid4().hex[:8]}"
-        body = e2e.manifest(name, "default", message=message, **spec)
+        body = lab.manifest(name, "default", message=message, **spec)
         before = time.time() * 1000
         self.api.post("/apis/cowhand.dev/v1alpha1/namespaces/default/agentsessions", body)
-        session = e2e.Session(self.rig, "default", name)
+        session = lab.Session(self.rig, "default", name)
         try:
             yield session, before
         finally:
             self.rig.delete(session)
 
-    def first_arrival(self, session: e2e.Session) -> float:
+    def first_arrival(self, session: lab.Session) -> float:
         """Time of arrival of the first model request, ms since the epoch (same machine, same clock)."""
         found = self.rig.model.requests(session.id)
         arrived: float = found[0]["received_at"] * 1000
         return arrived
 
     def apply_to_request(self, samples: int = 20) -> None:
-        script = self.rig.model.script({"content": [e2e.say("ok")]})
+        script = self.rig.model.script({"content": [lab.say("ok")]})
         took = []
         for _ in range(samples + 2):
             with self.session(script) as (session, before):
@@ -122,8 +122,8 @@ class Bench:
     def lazy_against_sandbox_first(self, samples: int = 12) -> None:
         """Time to first token and to first tool result, hands Lazy and Eager, alternating."""
         script = self.rig.model.script(
-            {"content": [e2e.say("Looking."), e2e.bash("true")], "delay_ms": MODEL_DELAY_MS},
-            {"content": [e2e.say("ok")]},
+            {"content": [lab.say("Looking."), lab.bash("true")], "delay_ms": MODEL_DELAY_MS},
+            {"content": [lab.say("ok")]},
         )
         first_token: dict[str, list[float]] = {"Lazy": [], "Eager": []}
         first_result: dict[str, list[float]] = {"Lazy": [], "Eager": []}
@@ -170,8 +170,8 @@ class Bench:
             )
 
     def execute_true(self, calls: int = 100) -> None:
-        turns = [{"content": [e2e.bash("true")]} for _ in range(calls + 5)]
-        script = self.rig.model.script(*turns, {"content": [e2e.say("ok")]})
+        turns = [{"content": [lab.bash("true")]} for _ in range(calls + 5)]
+        script = self.rig.model.script(*turns, {"content": [lab.say("ok")]})
         with self.session(script) as (session, _):
             log = session.wait_turn()
         took = [
@@ -191,18 +191,18 @@ class Bench:
         took = []
         for _ in range(samples):
             gate = f"bench-{uuid.uuid4().hex[:6]}"
-            script = self.rig.model.script({"content": [e2e.say("ok")], "gate": gate})
+            script = self.rig.model.script({"content": [lab.say("ok")], "gate": gate})
             with self.session(script) as (session, _):
                 self.rig.model.wait_gate(gate)
                 pod = session.holder()
                 killed = time.time() * 1000
                 self.rig.cluster.kill_pod(pod)
 
-                def second(one: e2e.Session = session) -> list[Row] | None:
+                def second(one: lab.Session = session) -> list[Row] | None:
                     found = self.rig.model.requests(one.id)
                     return found if len(found) > 1 else None
 
-                requests = e2e.eventually("the next model request", second)
+                requests = lab.eventually("the next model request", second)
                 took.append(requests[1]["received_at"] * 1000 - killed)
                 self.rig.model.release(gate)
                 session.wait_turn()
@@ -260,9 +260,9 @@ class Bench:
 
     def memory(self) -> None:
         for component, container, namespace, identity, target in (
-            ("operator", "operator", e2e.SYSTEM, "operator_rss_mb", 80),
-            ("broker", "broker", e2e.SYSTEM, "broker_rss_mb", None),
-            ("gateway", "gateway", e2e.SYSTEM, "gateway_rss_mb", None),
+            ("operator", "operator", lab.SYSTEM, "operator_rss_mb", 80),
+            ("broker", "broker", lab.SYSTEM, "broker_rss_mb", None),
+            ("gateway", "gateway", lab.SYSTEM, "gateway_rss_mb", None),
             ("harness", "harness", "default", "harness_rss_mb", None),
             ("harness", "proxy", "default", "proxy_rss_mb", 30),
         ):

@@ -13,15 +13,15 @@ import random
 import subprocess
 import sys
 import time
-from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "fix-the-tests"
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+
+import lab
+
+EXAMPLE = lab.ROOT / "examples" / "fix-the-tests"
 NAMESPACE = os.environ.get("COWHAND_DEMO_NAMESPACE", "default")
 TTY = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
 PATIENCE = 300
-
-Json = dict[str, Any]
 
 
 def paint(code: str, text: str) -> str:
@@ -36,156 +36,83 @@ def note(text: str) -> None:
     print(paint("2", f"   {text}"), flush=True)
 
 
-def output(*command: str, env: dict[str, str] | None = None, stdin: str | None = None) -> str:
-    done = subprocess.run(
-        command, env=env, input=stdin, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"error: {' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout
+def cowhand(rig: lab.Rig, *args: str) -> subprocess.Popen[str]:
+    """The `cowhand` command, its output on our terminal."""
+    command = [sys.executable, "-m", "cowhand", "-n", NAMESPACE, *args]
+    return subprocess.Popen(command, env=rig.cluster.env(), text=True)
 
 
-class Demo:
-    """The cluster, kubectl and the `cowhand` command."""
-
-    def __init__(self) -> None:
-        self.kubectl_path = output(str(ROOT / "hack/tools.sh"), "path", "kubectl").strip()
-        kubeconfig = output(str(ROOT / "hack/cluster.sh"), "kubeconfig").strip()
-        path = f"{pathlib.Path(self.kubectl_path).parent}:{os.environ['PATH']}"
-        self.env = {**os.environ, "KUBECONFIG": kubeconfig, "PATH": path}
-
-    def kubectl(self, *args: str, stdin: str | None = None) -> str:
-        return output(self.kubectl_path, "-n", NAMESPACE, *args, env=self.env, stdin=stdin)
-
-    def cowhand(self, *args: str, **kwargs: Any) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "cowhand", "-n", NAMESPACE, *args]
-        return subprocess.Popen(command, env=self.env, text=True, **kwargs)
-
-    def get(self, kind: str, name: str) -> Json:
-        found: Json = json.loads(self.kubectl("get", kind, name, "-o", "json"))
-        return found
-
-    def items(self, kind: str, selector: str) -> list[Json]:
-        found: list[Json] = json.loads(self.kubectl("get", kind, "-l", selector, "-o", "json"))[
-            "items"
-        ]
-        return found
-
-    def log(self, session: str) -> list[Json]:
-        """The raw log of a session so far, payloads decoded into `data`."""
-        process = self.cowhand("events", "--raw", session, stdout=subprocess.PIPE)
-        lines = process.communicate(timeout=60)[0].splitlines()
-        return [decode(line) for line in lines]
-
-    def watch(self, session: str) -> None:
-        """Show the events live until the turn ends."""
-        process = self.cowhand("events", "-f", "--until-idle", session)
-        try:
-            code = process.wait(timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            sys.exit(f"error: session {session} did not finish within {PATIENCE} s")
-        if code:
-            sys.exit(f"error: `cowhand events` ended with {code}")
-
-    def sigkill(self, pod: Json) -> None:
-        """SIGKILL every process of a pod on the node, then remove the pod at once."""
-        status = pod["status"]
-        for entry in [
-            *status.get("containerStatuses", []),
-            *status.get("initContainerStatuses", []),
-        ]:
-            if "running" in entry.get("state", {}):
-                container = entry["containerID"].removeprefix("containerd://")
-                subprocess.run(
-                    [
-                        *("docker", "exec", pod["spec"]["nodeName"], "ctr", "-n", "k8s.io"),
-                        *("tasks", "kill", "-s", "SIGKILL", container),
-                    ],
-                    capture_output=True,
-                    check=False,
-                )
-        self.kubectl(
-            *("delete", "pod", pod["metadata"]["name"], "--grace-period=0", "--force"),
-            *("--wait=false", "--ignore-not-found"),
-        )
+def watch(rig: lab.Rig, session: lab.Session) -> None:
+    """Show the events live until the turn ends."""
+    process = cowhand(rig, "events", "-f", "--until-idle", session.name)
+    try:
+        code = process.wait(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        sys.exit(f"error: session {session.name} did not finish within {PATIENCE} s")
+    if code:
+        sys.exit(f"error: `cowhand events` ended with {code}")
 
 
-def decode(line: str) -> Json:
-    event: Json = json.loads(line)
-    payload = event.get("payload") or {}
-    if isinstance(payload, str):
-        payload = json.loads(payload) if payload else {}
-    event["data"] = payload.get("d", {})
-    return event
+def of_type(log: list[lab.Json], kind: str) -> list[lab.Json]:
+    return [event for event in log if event["type"] == kind]
 
 
-def wait_for(what: str, probe: Any) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if found := probe():
-            return found
-        time.sleep(0.2)
-    sys.exit(f"error: {what}: not within {PATIENCE} s")
-
-
-def summary(demo: Demo, session: str, log: list[Json]) -> None:
+def summary(session: lab.Session, log: list[lab.Json]) -> None:
     """What happened, from the resource and the log."""
-    resource = demo.get("agentsession", session)
-    status = resource["status"]
-    of_type = lambda kind: [event for event in log if event["type"] == kind]
-    created = of_type("session.created")[0]["ts"]
-    request = of_type("span.model_request_start")[0]["ts"]
-    response = of_type("model.response")[0]
+    status = session.resource()["status"]
+    created = of_type(log, "session.created")[0]["ts"]
+    request = of_type(log, "span.model_request_start")[0]["ts"]
+    response = of_type(log, "model.response")[0]["data"]
     rows = [
-        ("session", f"{session}  ({status.get('sessionID')})"),
+        ("session", f"{session.name}  ({status.get('sessionID')})"),
         ("apply to model request", f"{request - created} ms (from session.created in the log)"),
-        ("time to first token", f"{response['data'].get('ttft_ms')} ms of the model's own"),
-        ("model requests", str(len(of_type("span.model_request_start")))),
-        ("tool calls", str(len(of_type("tool.started")))),
+        ("time to first token", f"{response.get('ttft_ms')} ms of the model's own"),
+        ("model requests", str(len(of_type(log, "span.model_request_start")))),
+        ("tool calls", str(len(of_type(log, "tool.started")))),
     ]
-    for hand in of_type("hand.provisioned"):
+    for hand in of_type(log, "hand.provisioned"):
         data = hand["data"]
-        rows.append(
-            (
-                "sandbox pod",
-                f"{data['sandbox']} ready after {data['waited_ms']} ms; the first token did not wait",
-            )
-        )
+        ready = f"{data['sandbox']} ready after {data['waited_ms']} ms"
+        rows.append(("sandbox pod", f"{ready}; the first token did not wait"))
     for condition in status.get("conditions", []):
-        message = condition.get("message", "")
-        rows.append(
-            (
-                "condition",
-                f"{condition['type']}={condition['status']} {condition['reason']} {message}"[:110],
-            )
-        )
+        head = f"{condition['type']}={condition['status']} {condition['reason']}"
+        rows.append(("condition", f"{head} {condition.get('message', '')}"[:110]))
     print()
     for name, value in rows:
         print(f"   {paint('1', name.ljust(24))}{value}", flush=True)
 
 
-def configmap(demo: Demo, variant: str, name: str) -> None:
+def configmap(rig: lab.Rig, variant: str, name: str) -> None:
     """The sample repository with one of its bugs, as a ConfigMap."""
-    env = {**demo.env, "KUBECTL": demo.kubectl_path}
-    manifest = output(str(EXAMPLE / "configmap.sh"), variant, env=env)
-    manifest = manifest.replace("name: fix-the-tests-repo", f"name: {name}")
-    demo.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=manifest)
+    manifest = subprocess.run(
+        [str(EXAMPLE / "configmap.sh"), variant],
+        env={**rig.cluster.env(), "KUBECTL": rig.cluster.binary},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.replace("name: fix-the-tests-repo", f"name: {name}")
+    apply(rig, "-", stdin=manifest)
 
 
-def apply_session(demo: Demo, session: str, repository: str, message: str | None = None) -> None:
+def apply(rig: lab.Rig, file: str, stdin: str | None = None) -> None:
+    options = ("--server-side", "--force-conflicts")
+    rig.cluster.kubectl("-n", NAMESPACE, "apply", *options, "-f", file, stdin=stdin)
+
+
+def start(rig: lab.Rig, name: str, repository: str, message: str | None = None) -> lab.Session:
     """examples/fix-the-tests/session.yaml under a fresh name, so that each demo is a new run."""
-    raw = (EXAMPLE / "session.yaml").read_text()
-    manifest = json.loads(
-        output(demo.kubectl_path, "create", "--dry-run=client", "--validate=false", "-o", "json", "-f", "-",
-               stdin=raw, env=demo.env)
-    )  # fmt: skip
-    manifest["metadata"] = {"name": session, "namespace": NAMESPACE}
+    convert = ("create", "--dry-run=client", "--validate=false", "-o", "json", "-f")
+    manifest = json.loads(rig.cluster.kubectl(*convert, str(EXAMPLE / "session.yaml")))
+    manifest["metadata"] = {"name": name, "namespace": NAMESPACE}
     for resource in manifest["spec"].get("resources", []):
         resource["configMap"]["name"] = repository
     if message is not None:
         manifest["spec"]["message"] = message
-    demo.kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(manifest))
+    apply(rig, "-", stdin=json.dumps(manifest))
+    session = lab.Session(rig, NAMESPACE, name)
+    assert session.id
+    return session
 
 
 COUNT = (
@@ -194,102 +121,75 @@ COUNT = (
 )
 
 
-def fix_the_tests(demo: Demo, stamp: str) -> None:
+def fix_the_tests(rig: lab.Rig, stamp: str) -> None:
     variant = random.choice(sorted(path.stem for path in (EXAMPLE / "variants").glob("*.py")))
-    session = f"fix-the-tests-{stamp}"
+    name = f"fix-the-tests-{stamp}"
     title(f"1. A session that fixes failing tests (bug drawn at random: {variant})")
-    configmap(demo, variant, f"fix-the-tests-repo-{stamp}")
-    for name in ("agent.yaml", "environment.yaml"):
-        demo.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(EXAMPLE / name))
-    note(f"kubectl apply -f examples/fix-the-tests/   (AgentSession {session})")
-    apply_session(demo, session, f"fix-the-tests-repo-{stamp}")
-    note(f"cowhand events -f {session}\n")
-    wait_for(
-        "the session's id",
-        lambda: demo.get("agentsession", session).get("status", {}).get("sessionID"),
-    )
-    demo.watch(session)
-    demo.kubectl(
-        "wait", "--for=condition=TurnComplete", f"agentsession/{session}", "--timeout=120s"
-    )
-    log = demo.log(session)
-    results = [event["data"] for event in log if event["type"] == "tool.result"]
-    summary(demo, session, log)
-    if not results or results[-1]["is_error"]:
+    configmap(rig, variant, f"fix-the-tests-repo-{stamp}")
+    for file in ("agent.yaml", "environment.yaml"):
+        apply(rig, str(EXAMPLE / file))
+    note(f"kubectl apply -f examples/fix-the-tests/   (AgentSession {name})")
+    session = start(rig, name, f"fix-the-tests-repo-{stamp}")
+    note(f"cowhand events -f {name}\n")
+    watch(rig, session)
+    until = ("--for=condition=TurnComplete", f"agentsession/{name}", "--timeout=120s")
+    rig.cluster.kubectl("-n", NAMESPACE, "wait", *until)
+    log = session.log()
+    summary(session, log)
+    results = of_type(log, "tool.result")
+    if not results or results[-1]["data"]["is_error"]:
         sys.exit("error: the last test run in the sandbox failed; see the events above")
 
 
-def kills(demo: Demo, stamp: str) -> None:
-    session = f"unkillable-{stamp}"
+def kills(rig: lab.Rig, stamp: str) -> None:
     title("2. The point of it all: the harness is killed in mid-turn, and then the sandbox")
-    apply_session(demo, session, f"fix-the-tests-repo-{stamp}", COUNT)
-    wait_for(
-        "the session's id",
-        lambda: demo.get("agentsession", session).get("status", {}).get("sessionID"),
-    )
-    watcher = demo.cowhand("events", "-f", session)
+    session = start(rig, f"unkillable-{stamp}", f"fix-the-tests-repo-{stamp}", COUNT)
+    watcher = cowhand(rig, "events", "-f", session.name)
+
+    def until(what: str, kind: str, count: int) -> None:
+        lab.eventually(what, lambda: len(of_type(session.log(), kind)) >= count, patience=PATIENCE)
+
+    def kill(what: str, pod: lab.Json) -> None:
+        line = f"\n   ✗ SIGKILL {what} {pod['metadata']['name']}\n"
+        print(paint("1;31", line), flush=True)
+        rig.cluster.kill_pod(pod)
+
     try:
-        started = lambda n: [e for e in demo.log(session) if e["type"] == "tool.started"][n - 1 : n]
-        wait_for("the second tool call", lambda: started(2))
-        wake = [e for e in demo.log(session) if e["type"] == "session.wake"][-1]
-        uid = wake["lease"].split(":")[1].split(".")[0]
-        pods = demo.items("pods", "app.kubernetes.io/component=harness")
-        pod = next(p for p in pods if p["metadata"]["uid"] == uid)
-        print(
-            paint(
-                "1;31",
-                f"\n   ✗ SIGKILL harness pod {pod['metadata']['name']} while the tool runs\n",
-            ),
-            flush=True,
-        )
-        demo.sigkill(pod)
-        idle = lambda n: [e for e in demo.log(session) if e["type"] == "session.status_idle"][
-            n - 1 : n
-        ]
-        wait_for("the end of the first turn", lambda: idle(1))
-        demo.cowhand("send", session, "The same again, please.", stdout=subprocess.DEVNULL).wait(
-            timeout=60
-        )
-        wait_for("a call of the second turn", lambda: started(4))
-        identity = demo.get("agentsession", session)["status"]["sessionID"]
-        sandbox = demo.items("pods", f"cowhand.dev/session-id={identity}")[-1]
-        print(
-            paint("1;31", f"\n   ✗ SIGKILL sandbox pod {sandbox['metadata']['name']}\n"), flush=True
-        )
-        demo.sigkill(sandbox)
-        wait_for("the end of the second turn", lambda: idle(2))
-        time.sleep(1)
+        until("the second tool call", "tool.started", 2)
+        kill("harness pod, while the tool runs,", session.holder())
+        until("the end of the first turn", "session.status_idle", 1)
+        session.send("The same again, please.")
+        until("a call of the second turn", "tool.started", 4)
+        kill("sandbox pod", session.sandbox_pod())
+        until("the end of the second turn", "session.status_idle", 2)
+        time.sleep(1)  # the watcher shows the last lines
     finally:
         watcher.terminate()
         watcher.wait()
-    story(demo.log(session))
+    story(session.log())
 
 
-def story(log: list[Json]) -> None:
+def story(log: list[lab.Json]) -> None:
     """How the log shows it."""
-    workers = []
-    for event in log:
-        if event["type"] == "session.wake":
-            worker = event["lease"].split(":")[1]
-            if not workers or workers[-1][1] != worker:
-                workers.append((event["seq"], worker))
+    workers: list[tuple[int, str]] = []
+    for event in of_type(log, "session.wake"):
+        worker = event["lease"].split(":")[1]
+        if not workers or workers[-1][1] != worker:
+            workers.append((event["seq"], worker))
     uses = [
         block["id"]
-        for event in log
-        if event["type"] == "model.response"
+        for event in of_type(log, "model.response")
         for block in event["data"]["message"]["content"]
         if block["type"] == "tool_use"
     ]
-    results = [event["data"]["tool_use_id"] for event in log if event["type"] == "tool.result"]
-    lost = [event for event in log if event["type"] == "hand.lost"]
+    results = [event["data"]["tool_use_id"] for event in of_type(log, "tool.result")]
     print(f"\n   {paint('1', 'what the log shows')}")
     print(f"   {len(log)} events, positions 1..{log[-1]['seq']} without a gap")
     for seq, worker in workers:
         print(f"   from {seq:>3} worker {worker}")
-    for event in lost:
-        print(
-            f"   at   {event['seq']:>3} sandbox {event['data']['sandbox']} lost: {event['data']['reason']}"
-        )
+    for event in of_type(log, "hand.lost"):
+        lost = event["data"]
+        print(f"   at   {event['seq']:>3} sandbox {lost['sandbox']} lost: {lost['reason']}")
     print(
         f"   {len(uses)} tool calls asked for, {len(results)} results, each exactly once",
         flush=True,
@@ -299,7 +199,7 @@ def story(log: list[Json]) -> None:
 
 
 def main() -> None:
-    demo = Demo()
+    rig = lab.Rig()
     if os.environ.get("ANTHROPIC_API_KEY"):
         note("Claude answers: ANTHROPIC_API_KEY is set.")
     else:
@@ -308,8 +208,8 @@ def main() -> None:
         )
         note("The commands and their outputs are real; each scripted answer is computed from them.")
     stamp = time.strftime("%H%M%S")
-    fix_the_tests(demo, stamp)
-    kills(demo, stamp)
+    fix_the_tests(rig, stamp)
+    kills(rig, stamp)
     title("Done. Look around:")
     note("export KUBECONFIG=$(make -s kubeconfig)")
     note("kubectl get agentsessions,sandboxes.cowhand.dev")
@@ -317,4 +217,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AssertionError as failed:
+        sys.exit(f"error: {failed}")
+    except subprocess.CalledProcessError as failed:
+        sys.exit(f"error: {' '.join(map(str, failed.cmd))}\n{failed.stdout}{failed.stderr}")

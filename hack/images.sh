@@ -25,12 +25,11 @@ folder_of() {
   esac
 }
 
-# The key of the image in the chart's values.
+# The key of the image in the chart's values; nothing for an image that the chart does not install.
 values_key_of() {
   case $1 in
     cowhand) echo image ;;
     sandbox) echo sandboxImage ;;
-    model-server) echo modelServer.image ;;
     valkey) echo store.image ;;
   esac
 }
@@ -134,6 +133,7 @@ write_values() {
     if [ -z "$ref" ]; then continue; fi
     key=$(values_key_of "$name")
     case $key in
+      '') ;;
       *.image) printf '%s:\n  image:\n    repository: %s\n    tag: "%s"\n' "${key%.image}" "${ref%:*}" "${ref##*:}" ;;
       *) printf '%s:\n  repository: %s\n  tag: "%s"\n' "$key" "${ref%:*}" "${ref##*:}" ;;
     esac

@@ -87,13 +87,14 @@ def test_schema_and_values_know_the_same_names() -> None:
             found |= deeper or {below}
         return found
 
-    assert names(SCHEMA) - {"modelServer", "global"} == set(leaves(VALUES))
+    assert names(SCHEMA) - {"global"} == set(leaves(VALUES))
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
     [
         ({"tenant": ["a"]}, "tenant"),
+        ({"modelServer": {"image": {"tag": "1"}}}, "modelServer"),
         ({"tenants": []}, "tenants"),
         ({"tenants": ["Not-A-Name"]}, "tenants"),
         ({"tenants": ["a", "a"]}, "tenants"),
@@ -138,8 +139,7 @@ def test_no_template_asks_the_cluster_or_makes_something_random() -> None:
 def test_values_as_the_image_build_writes_them_are_accepted(render: Render) -> None:
     image = {"repository": "cowhand/x", "tag": "0123"}
     values = {"image": image, "sandboxImage": image, "store": {"image": image}}
-    objects = render({**values, "modelServer": {"image": image}})
-    for _, _, spec in pods(objects):
+    for _, _, spec in pods(render(values)):
         assert {c["image"] for c in containers(spec)} == {"cowhand/x:0123"}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from e2e.rig import Rig
+from lab import Rig
 
 
 @pytest.fixture(scope="session")

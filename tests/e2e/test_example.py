@@ -8,7 +8,8 @@ import uuid
 import pytest
 import yaml
 
-from e2e.rig import ROOT, Rig, Session, check_log, check_requests
+from e2e.checks import check_log, check_requests
+from lab import ROOT, Rig, Session
 
 pytestmark = pytest.mark.e2e
 

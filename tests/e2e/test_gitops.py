@@ -7,7 +7,8 @@ import uuid
 
 import pytest
 
-from e2e.rig import SYSTEM, Rig, Session, bash, check_log, eventually, final_text, manifest, say
+from e2e.checks import check_log, final_text
+from lab import SYSTEM, Rig, Session, bash, eventually, manifest, say
 
 pytestmark = pytest.mark.e2e
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from e2e.rig import SYSTEM, Rig, Session, bash, say
+from lab import SYSTEM, Rig, Session, bash, say
 
 pytestmark = pytest.mark.e2e
 

@@ -11,19 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from e2e.rig import (
-    COUNT,
-    SYSTEM,
-    Follower,
-    Rig,
-    Session,
-    bash,
-    check_log,
-    check_requests,
-    eventually,
-    final_text,
-    say,
-)
+from e2e.checks import COUNT, check_log, check_requests, final_text
+from lab import SYSTEM, Follower, Rig, Session, bash, eventually, say
 
 pytestmark = pytest.mark.e2e
 

@@ -7,18 +7,8 @@ import uuid
 
 import pytest
 
-from e2e.rig import (
-    COUNT,
-    Rig,
-    bash,
-    check_log,
-    check_requests,
-    eventually,
-    final_text,
-    manifest,
-    say,
-    tool,
-)
+from e2e.checks import COUNT, check_log, check_requests, final_text
+from lab import Rig, bash, eventually, manifest, say, tool
 
 pytestmark = pytest.mark.e2e
 

@@ -9,7 +9,8 @@ import subprocess
 
 import pytest
 
-from e2e.rig import ROOT, SYSTEM, Rig, check_log, eventually, final_text
+from e2e.checks import check_log, final_text
+from lab import ROOT, SYSTEM, Rig, eventually
 
 pytestmark = pytest.mark.e2e
 

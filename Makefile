@@ -44,7 +44,7 @@ uninstall: ## Remove Cowhand from the cluster; resources and the log stay (PURGE
 .PHONY: unit
 unit: setup ## Tests without a cluster: unit, contract, integration, adversarial, chart
 	@hack/test-packages.sh ensure && hack/store.sh ensure >/dev/null && hack/tools.sh ensure
-	$(PYTEST) -m "not e2e and not apiserver" tests
+	$(PYTEST) -n 3 --dist loadfile -m "not e2e and not apiserver" tests
 	@hack/test-packages.sh go
 
 .PHONY: e2e

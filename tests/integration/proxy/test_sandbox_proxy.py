@@ -97,7 +97,7 @@ async def test_a_good_token_passes_and_never_reaches_sandboxd(
         ({"owner_epoch": 0}, 409, "fenced"),
         ({"issued_at": int(time.time()) - 900, "expires_at": int(time.time()) - 600}, 401, ""),
     ],
-    ids=str,
+    ids=["another-sandbox", "another-session", "older-lease", "older-owner", "expired"],
 )
 async def test_tokens_that_are_good_but_not_for_this(
     chain: Rig, sandboxd: Upstream, changes: dict[str, object], status: int, kind: str

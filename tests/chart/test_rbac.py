@@ -127,8 +127,9 @@ WHY: dict[str, dict[str, dict[str, str]]] = {
         "/configmaps": {"create": "cowhand-ca"},
         "/secrets": {"create": "CA, certificates, store logins"},
         "/configmaps[cowhand-ca]": {"get": "is it there", "patch": "follows a new CA"},
-        "/secrets[cowhand-ca-key cowhand-store-acl cowhand-store-broker cowhand-store-gateway "
-        "cowhand-store-operator cowhand-tls-broker cowhand-tls-gateway cowhand-tls-store]": {
+        "/secrets[cowhand-ca-key cowhand-store-acl cowhand-store-archive cowhand-store-broker "
+        "cowhand-store-gateway cowhand-store-operator cowhand-tls-archive cowhand-tls-broker "
+        "cowhand-tls-gateway cowhand-tls-store]": {
             "get": "is it there",
             "patch": "renews certificates, adds store users",
         },
@@ -156,9 +157,9 @@ WHY_PURGE: dict[str, dict[str, dict[str, str]]] = {
     "cowhand-teardown @ system": {
         "/configmaps[cowhand-ca]": {"delete": "purge"},
         "/persistentvolumeclaims[data-cowhand-store-0]": {"delete": "purge"},
-        "/secrets[cowhand-broker-keys cowhand-ca-key cowhand-store-acl cowhand-store-broker "
-        "cowhand-store-gateway cowhand-store-operator cowhand-tls-broker cowhand-tls-gateway "
-        "cowhand-tls-store]": {"delete": "purge"},
+        "/secrets[cowhand-broker-keys cowhand-ca-key cowhand-store-acl cowhand-store-archive "
+        "cowhand-store-broker cowhand-store-gateway cowhand-store-operator cowhand-tls-archive "
+        "cowhand-tls-broker cowhand-tls-gateway cowhand-tls-store]": {"delete": "purge"},
     },
     "cowhand-teardown @ tenant": {
         "/configmaps[cowhand-ca]": {"delete": "purge"},

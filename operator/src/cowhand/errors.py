@@ -5,6 +5,7 @@ Callers decide by class, never by text; the text is for the person who reads it 
     CowhandError
     ├── Retryable                 try again, after `after` seconds
     │   ├── StoreUnavailable      the session log's store does not answer
+    │   │   └── ArchiveUnavailable    the archive (large payloads, old events) does not answer
     │   ├── BrokerUnavailable     the credential broker does not answer
     │   └── HandUnavailable       a hand cannot be reached now
     ├── Terminal                  trying again cannot help
@@ -13,6 +14,7 @@ Callers decide by class, never by text; the text is for the person who reads it 
     │   ├── Fenced                another worker holds the session: drop everything at once
     │   ├── StoreMismatch         this is not the store that we were started with
     │   ├── LogIncompatible       an event of a version that this release cannot read
+    │   │   └── BlobMissing           a large payload or an archived part of the log is gone
     │   └── HandLost              the hand is gone, with what ran in it
     ├── UserError                 the caller asked for something wrong (`field` names it, if there is one)
     └── Denied                    authenticated, but not allowed
@@ -40,6 +42,10 @@ class Retryable(CowhandError):
 
 class StoreUnavailable(Retryable):
     """The store of the session log does not answer or refuses writes for now."""
+
+
+class ArchiveUnavailable(StoreUnavailable):
+    """The archive does not answer: large payloads and old events cannot be read or written for now."""
 
 
 class BrokerUnavailable(Retryable):
@@ -93,6 +99,12 @@ class LogIncompatible(Terminal):
     """The log holds an event of a version that this release cannot read."""
 
     reason = "NeedsUpgrade"
+
+
+class BlobMissing(LogIncompatible):
+    """A payload or an archived part of the log is neither in the store nor in the archive."""
+
+    reason = "BlobMissing"
 
 
 class HandLost(Terminal):

@@ -19,14 +19,14 @@ from cryptography.x509.oid import NameOID
 from cowhand.errors import Denied, StoreMismatch, StoreUnavailable, UserError
 from cowhand.session import connect
 from cowhand.session import link as link_module
-from cowhand.session.acl import users_acl
+from cowhand.session.acl import CONTROL_USERS, users_acl
 from cowhand.session.log import StoreConfig
 from cowhand.session.store import Store
 from support import sessions as make
 from support.store import Store as Server
 from support.store import installed
 
-USERS = ("operator", "broker", "gateway", "t-team-a", "t-team-b")
+USERS = (*CONTROL_USERS, "t-team-a", "t-team-b")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import redis
 from cowhand.bootstrap import objects
 from cowhand.bootstrap.run import Bootstrap
 from cowhand.kube import kinds
+from cowhand.session.acl import CONTROL_USERS
 from cowhand.settings import BootstrapSettings
 from support.memory_kube import MemoryKube
 from support.store import Store
@@ -64,7 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     made.server.stop()
 
 
-@pytest.mark.parametrize("user", ["operator", "broker", "gateway"])
+@pytest.mark.parametrize("user", CONTROL_USERS)
 def test_the_control_plane_reaches_every_tenant(made: Made, user: str) -> None:
     client = made.as_user(NS, f"cowhand-store-{user}")
     assert client.set(f"cowhand:team-b:{{p00}}:{user}", "x")

@@ -16,6 +16,7 @@ from cowhand.bootstrap.run import Bootstrap
 from cowhand.errors import Retryable, UserError
 from cowhand.kube import kinds
 from cowhand.kube.errors import Conflict
+from cowhand.session.acl import CONTROL_USERS
 from cowhand.settings import BootstrapSettings
 from cowhand.settings import bootstrap as load_settings
 from support.memory_kube import MemoryKube
@@ -57,6 +58,7 @@ async def test_it_makes_exactly_what_the_interfaces_name() -> None:
     secrets = {(ns, name) for kind, ns, name in made if kind == "Secret"}
     assert secrets == {
         (NS, "cowhand-ca-key"),
+        (NS, "cowhand-tls-archive"),
         (NS, "cowhand-tls-broker"),
         (NS, "cowhand-tls-gateway"),
         (NS, "cowhand-tls-store"),
@@ -64,6 +66,7 @@ async def test_it_makes_exactly_what_the_interfaces_name() -> None:
         (NS, "cowhand-store-operator"),
         (NS, "cowhand-store-broker"),
         (NS, "cowhand-store-gateway"),
+        (NS, "cowhand-store-archive"),
         ("default", "cowhand-store"),
         ("team-b", "cowhand-store"),
     }
@@ -82,10 +85,10 @@ async def test_passwords_differ_and_stand_hashed_in_the_user_file() -> None:
     kube = MemoryKube()
     await bootstrap(kube, "default", "team-b").run()
     made = snapshot(kube)
-    places = [(NS, f"cowhand-store-{user}") for user in ("operator", "broker", "gateway")]
+    places = [(NS, f"cowhand-store-{user}") for user in CONTROL_USERS]
     places += [("default", "cowhand-store"), ("team-b", "cowhand-store")]
     passwords = [text(made, "Secret", ns, name, "password") for ns, name in places]
-    assert len(set(passwords)) == 5
+    assert len(set(passwords)) == 6
     acl = text(made, "Secret", NS, "cowhand-store-acl", "users.acl")
     assert acl.startswith("user default off ")
     for password in passwords:

@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 
 from cowhand.errors import LogIncompatible, UserError
-from cowhand.session import codec
+from cowhand.session import acl, codec
 from cowhand.session import scripts as lua
 from cowhand.session.acl import COMMANDS, CONTROL_COMMANDS, acl_rule, users_acl
-from cowhand.session.events import NewEvent
 from cowhand.session.keys import Keys
 from cowhand.session.log import HandRecord
 
@@ -77,26 +76,27 @@ def test_no_dangerous_command_is_allowed():
 
 
 def test_users_acl_has_every_user_and_no_open_default():
-    passwords = dict.fromkeys(("operator", "broker", "gateway", "t-a", "t-b", "t-c"), HASH)
+    passwords = dict.fromkeys((*acl.CONTROL_USERS, "t-a", "t-b", "t-c"), HASH)
     lines = users_acl(passwords, ["a", "b"], "x").splitlines()
     assert lines[0].startswith("user default off ")
     assert [line.split()[1] for line in lines[1:]] == [
         "operator",
         "broker",
         "gateway",
+        "archive",
         "t-a",
         "t-b",
     ]
-    assert "~x:a:*" in lines[4]
+    assert "~x:a:*" in lines[5]
 
 
 @pytest.mark.parametrize(
     ("passwords", "tenants", "text"),
     [
         ({}, [], "no password for store user operator, broker, gateway"),
-        (dict.fromkeys(("operator", "broker", "gateway"), HASH), ["a"], "user t-a"),
-        (dict.fromkeys(("operator", "broker", "gateway"), "secret"), [], "SHA-256"),
-        (dict.fromkeys(("operator", "broker", "gateway", "t-a ~*"), HASH), ["a ~*"], "none of"),
+        (dict.fromkeys(acl.CONTROL_USERS, HASH), ["a"], "user t-a"),
+        (dict.fromkeys(acl.CONTROL_USERS, "secret"), [], "SHA-256"),
+        (dict.fromkeys((*acl.CONTROL_USERS, "t-a ~*"), HASH), ["a ~*"], "none of"),
     ],
 )
 def test_users_acl_refuses_what_would_open_the_store(passwords, tenants, text):
@@ -119,13 +119,6 @@ def test_hand_records_begin_with_what_the_scripts_compare():
 def test_an_entry_that_is_no_event_is_refused():
     with pytest.raises(LogIncompatible, match="7-0"):
         codec.event([b"7-0", [b"t", b"x"]])
-
-
-def test_payload_limit_counts_bytes():
-    fits = NewEvent("user.message", {"x": "a" * (1024 * 1024 - 39)})
-    assert len(codec.checked_payload(fits)) <= 1024 * 1024
-    with pytest.raises(UserError, match="split it"):
-        codec.checked_payload(NewEvent("user.message", {"x": "ü" * 600_000}))
 
 
 STATE = {

@@ -20,7 +20,7 @@ MANAGED_BY = "app.kubernetes.io/managed-by"
 MANAGED_BY_VALUE = "cowhand-bootstrap"
 LABELS = {labels.APP_NAME: labels.APP_NAME_VALUE, MANAGED_BY: MANAGED_BY_VALUE}
 
-SERVICES = ("broker", "gateway", "store")
+SERVICES = ("archive", "broker", "gateway", "store")
 """Components that serve TLS; each has a Service `cowhand-<component>`."""
 
 

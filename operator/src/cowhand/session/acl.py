@@ -14,7 +14,7 @@ from typing import Final
 
 from cowhand.errors import UserError
 
-CONTROL_USERS: Final = ("operator", "broker", "gateway")
+CONTROL_USERS: Final = ("operator", "broker", "gateway", "archive")
 """Users of the control plane: every tenant's keys."""
 
 COMMANDS: Final = (
@@ -38,8 +38,8 @@ COMMANDS: Final = (
 )
 """What every user may call, on keys and channels of its own."""
 
-CONTROL_COMMANDS: Final = ("scan",)
-"""What only the control plane may call: SCAN answers key names of all tenants."""
+CONTROL_COMMANDS: Final = ("scan", "memory|usage")
+"""What only the control plane may call: SCAN answers key names of all tenants; MEMORY USAGE is for the archive."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
@@ -54,7 +54,7 @@ def acl_rule(user: str, password_sha256: str, *, prefix: str = "cowhand") -> str
     """One line of `users.acl`.
 
     Args:
-        user: `operator`, `broker`, `gateway` or `t-<namespace>`.
+        user: `operator`, `broker`, `gateway`, `archive` or `t-<namespace>`.
         password_sha256: hex SHA-256 of the password, lower case.
         prefix: first part of every key.
 
@@ -84,7 +84,7 @@ def users_acl(passwords: Mapping[str, str], tenants: Sequence[str], prefix: str 
     """The whole `users.acl`: default user off, the control plane's users, one user for each tenant.
 
     Args:
-        passwords: user name -> hex SHA-256 of its password; needs `operator`, `broker`, `gateway` and
+        passwords: user name -> hex SHA-256 of its password; needs the control plane's users and
             `t-<namespace>` of each tenant; others are left out.
         tenants: namespaces that are served.
         prefix: first part of every key.

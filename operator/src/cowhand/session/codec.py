@@ -11,27 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, cast
 
-from cowhand.errors import LogIncompatible, UserError
-from cowhand.session.events import INLINE_LIMIT, Event, NewEvent
+from cowhand.errors import LogIncompatible
+from cowhand.session.events import Event
 from cowhand.session.log import HandRecord, Mode, SessionMeta, SessionState, State
 
 _RECORD_FIELDS = {field.name for field in fields(HandRecord)}
-
-
-def checked_payload(event: NewEvent) -> bytes:
-    """Payload bytes of an event; UserError that says what to do if they are over the inline limit."""
-    payload = event.payload()
-    if len(payload) > INLINE_LIMIT:
-        raise UserError(too_big(event.type, len(payload)), field="content")
-    return payload
-
-
-def too_big(kind: str, size: int) -> str:
-    """Message for a payload over the limit."""
-    return (
-        f"payload of {kind} has {size} bytes, the limit is {INLINE_LIMIT}: split it into several events,"
-        " or put the content into a file in the sandbox and refer to it"
-    )
 
 
 def meta_fields(meta: SessionMeta) -> list[str]:

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Final
 from cowhand.errors import SessionNotFound, UserError
 from cowhand.session import codec
 from cowhand.session.events import (
-    INLINE_LIMIT,
     SESSION_DELETED,
     SESSION_RESUMED,
     SESSION_SUSPENDED,
     SESSION_UPDATED,
     NewEvent,
 )
-from cowhand.session.keys import GROUP
+from cowhand.session.keys import GROUP, doomed
 from cowhand.session.log import Backlog, HandRecord, Mode
 from cowhand.session.sessions import check_event_id
 from cowhand.session.upkeep import Upkeep
@@ -48,7 +47,7 @@ class RedisControlLog:
         reply = await self._store.script(
             "set_mode",
             self._store.keys(namespace).session(session_id),
-            *(event.id, event.type, codec.checked_payload(event), INLINE_LIMIT, mode),
+            *(event.id, event.type, *await self._pack(namespace, session_id, event), mode),
         )
         return int(reply[1])
 
@@ -60,7 +59,7 @@ class RedisControlLog:
         reply = await self._store.script(
             "ingest",
             self._store.keys(namespace).session(session_id),
-            *(event.id, event.type, codec.checked_payload(event), INLINE_LIMIT, 0),
+            *(event.id, event.type, *await self._pack(namespace, session_id, event), 0),
             codec.dump(event.data["budget"] or {}),
         )
         return int(reply[1])
@@ -79,15 +78,35 @@ class RedisControlLog:
             reply = await self._store.script(
                 "close",
                 keys.session(session_id),
-                *(event.id, event.type, codec.checked_payload(event), INLINE_LIMIT),
+                *(event.id, event.type, *await self._pack(namespace, session_id, event)),
                 retain_s * 1000,
             )
         except SessionNotFound:
+            # An earlier close may have ended it and died before it said so.
+            await self._doom(namespace, session_id, retain_s)
             return
+        await self._doom(namespace, session_id, retain_s)
         tombstone = reply[1].decode()
         if tombstone:
             left = max(retain_s * 1000, TOMBSTONE_MS)
             await self._store.writes.call("PEXPIRE", keys.tombstone(tombstone), left)
+
+    async def _doom(self, namespace: str, session_id: str, retain_s: int) -> None:
+        """Write down when what the archive has of an ended session goes; the earliest time counts.
+
+        Nothing else lets the archive delete a session: that its log is absent from the store is no evidence.
+        """
+        if self._store.payloads.archive is None:
+            return
+        seconds, micros = await self._store.reads.call("TIME")
+        due = int(seconds) * 1000 + int(micros) // 1000 + retain_s * 1000
+        key = doomed(self._store.config.prefix)
+        await self._store.writes.call("ZADD", key, "LT", due, f"{namespace}/{session_id}")
+
+    async def _pack(self, namespace: str, session_id: str, event: NewEvent) -> tuple[bytes, int]:
+        """What to store for an event, and the limit that the script checks."""
+        (payload,) = await self._store.payloads.pack(namespace, session_id, [event])
+        return payload, self._store.payloads.inline_limit
 
     async def drop_worker(self, namespace: str, pod_uid: str) -> int:
         """See `log.ControlLog.drop_worker`."""

@@ -20,7 +20,13 @@ PAYLOAD_VERSION: Final = 1
 """Version written into `v` of each payload."""
 
 INLINE_LIMIT: Final = 1024 * 1024
-"""Largest payload in bytes, all of it inline until there is a blob store (docs/adr/0007)."""
+"""Largest payload in bytes where there is no archive: all of it stands inline (docs/adr/0008)."""
+
+INLINE_WITH_BLOBS: Final = 64 * 1024
+"""Largest payload in bytes that stands in the store where there is an archive; larger ones become blobs."""
+
+EVENT_LIMIT: Final = 16 * 1024 * 1024
+"""Largest payload in bytes where there is an archive."""
 
 CREATE_LIMIT: Final = 2 * INLINE_LIMIT
 """Most bytes of all payloads that a session begins with: one script writes them."""

@@ -14,6 +14,14 @@ GROUP: Final = "h"
 """Consumer group of the ready streams."""
 
 
+def doomed(prefix: str) -> str:
+    """Sorted set of `<namespace>/<session id>` by the time (ms) at which the archive deletes what it has of them.
+
+    Outside of every tenant's keys: a tenant's login cannot make the archive delete anything.
+    """
+    return f"{prefix}:doomed"
+
+
 @dataclass(frozen=True)
 class Keys:
     """Key names of one tenant.

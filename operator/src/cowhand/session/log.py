@@ -5,8 +5,9 @@ Three roles, three protocols, each scoped by what its caller may do:
 - `SessionLog` for everybody (gateway, operator, harness): create, emit, read, follow.
 - `WorkerLog` for the harness: heartbeat, take work, claim a session, append under the lease, park.
 - `ControlLog` for the operator and the broker: mode, close, hints about dead workers, projection, hands.
+- `ArchiveLog` for the archive: which logs are to be archived or deleted, and taking archived positions out.
 
-`cowhand.session.connect` makes all three on Redis Streams. Every method may raise StoreUnavailable (no answer within
+`cowhand.session.connect` makes all four on Redis Streams. Every method may raise StoreUnavailable (no answer within
 5 seconds: the call may or may not have happened, and may be repeated with the same arguments), StoreMismatch (the
 store's data was replaced or lost: the process must stop) and Denied (the store's ACL or password), besides what
 stands with it. Called by operator, broker, gateway and harness.
@@ -18,6 +19,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from cowhand.session.archive import HotLog
 from cowhand.session.events import Event, NewEvent
 
 Mode = Literal["running", "suspended"]
@@ -182,6 +184,7 @@ class SessionLog(Protocol):
 
         Raises:
             UserError: malformed id, wrong events, or a payload over the limit; nothing was written.
+            ArchiveUnavailable: a large payload could not be stored; repeat the call.
         """
 
     async def emit_event(self, session_id: str, event: NewEvent) -> int:
@@ -195,7 +198,8 @@ class SessionLog(Protocol):
         Raises:
             SessionNotFound: no such session in this tenant.
             SessionClosed: its state is `closed` or `terminated`.
-            UserError: another type, no id, or a payload over the limit (1 MiB).
+            UserError: another type, no id, or a payload over the limit (16 MiB, without an archive 1 MiB).
+            ArchiveUnavailable: a large payload could not be stored; repeat the call.
         """
 
     async def get_events(
@@ -211,7 +215,13 @@ class SessionLog(Protocol):
 
         A negative position counts from the end of the log (rewind): -1 is the newest event. `types` keeps only
         events of these types. An empty range of an existing session is an empty list. `limit` cuts the list at
-        its end, after the filter. Raises SessionNotFound.
+        its end, after the filter. What is no longer in the store is read from the archive, also while it is being
+        archived; large payloads are the original bytes.
+
+        Raises:
+            SessionNotFound: no such session in this tenant.
+            ArchiveUnavailable: a part is in the archive, which does not answer.
+            BlobMissing, LogIncompatible: a part is gone or damaged.
         """
 
     async def get_session(self, session_id: str) -> SessionState:
@@ -289,7 +299,8 @@ class WorkerLog(Protocol):
         Raises:
             Fenced: the lease is gone (taken over, given back, session deleted, or the store lost our newest events):
                 drop the session at once.
-            UserError: a payload over the limit (1 MiB); nothing was written.
+            UserError: a payload over the limit (16 MiB, without an archive 1 MiB); nothing was written.
+            ArchiveUnavailable: a large payload could not be stored; nothing was written, repeat the call.
         """
 
     async def barrier(self, lease: Lease | None = None) -> None:
@@ -387,6 +398,35 @@ class ControlLog(Protocol):
 
     async def get_sandbox(self, namespace: str, sandbox_uid: str) -> HandRecord | None:
         """The newest record of a sandbox by its uid."""
+
+
+class ArchiveLog(Protocol):
+    """What the archive process does, across tenants."""
+
+    async def hot_logs(self, namespace: str, cursor: int) -> tuple[int, list[HotLog]]:
+        """Some sessions of a tenant with what the store holds of their logs; go on with the cursor until it is 0."""
+
+    async def now_ms(self) -> int:
+        """The store's clock."""
+
+    async def stored(self, namespace: str, session_id: str, start: int, count: int) -> list[Event]:
+        """Entries from a position on as they stand in the store: references are not resolved."""
+
+    async def archived(self, namespace: str, session_id: str, first: int, last: int) -> bool:
+        """Take positions that are durable in the archive out of the store.
+
+        False, and nothing happens, unless `first` is the first position in the store and `last` one that was
+        written. Raises SessionNotFound.
+        """
+
+    async def doomed(self, limit: int) -> list[tuple[str, str]]:
+        """(namespace, session id) of ended sessions whose time in the archive is over, at most `limit`.
+
+        Never one that the store still holds and that has not ended.
+        """
+
+    async def forget(self, namespace: str, session_id: str) -> None:
+        """What the archive had of this session is gone."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from cowhand.errors import SessionNotFound, UserError
 from cowhand.session import codec
 from cowhand.session.events import (
     EXTERNAL,
-    INLINE_LIMIT,
     SESSION_CREATED,
     SESSION_DELETED,
     SESSION_EXEC,
@@ -72,9 +71,10 @@ class RedisSessionLog:
     async def create_session(self, meta: SessionMeta, events: Sequence[NewEvent]) -> Created:
         """See `log.SessionLog.create_session`."""
         self._check(meta, events)
+        stored = await self._pack(meta.session_id, events)
         words: list[str | bytes] = []
-        for event in events:
-            words += [event.type, event.id, codec.checked_payload(event)]
+        for event, payload in zip(events, stored, strict=True):
+            words += [event.type, event.id, payload]
         if meta.tombstone:
             other = await self._bury(meta)
             if other is not None:
@@ -85,7 +85,7 @@ class RedisSessionLog:
             self._keys.session(meta.session_id),
             int(USER_MESSAGE in kinds),
             "suspended" if SESSION_SUSPENDED in kinds else "running",
-            INLINE_LIMIT,
+            self._store.payloads.inline_limit,
             len(events),
             *words,
             *codec.meta_fields(meta),
@@ -138,17 +138,23 @@ class RedisSessionLog:
                 f"{event.type} cannot be emitted: {', '.join(sorted(EMITTABLE))} can", field="type"
             )
         check_event_id(event)
+        if not _SESSION_ID.fullmatch(session_id):
+            raise SessionNotFound(f"there is no session {session_id}")
+        (payload,) = await self._pack(session_id, [event])
         reply = await self._store.script(
             "ingest",
             self._keys.session(session_id),
             event.id,
             event.type,
-            codec.checked_payload(event),
-            INLINE_LIMIT,
+            payload,
+            self._store.payloads.inline_limit,
             int(event.type not in QUIET),
         )
         await self._durable()
         return int(reply[1])
+
+    async def _pack(self, session_id: str, events: Sequence[NewEvent]) -> list[bytes]:
+        return await self._store.payloads.pack(self._keys.namespace, session_id, events)
 
     async def _durable(self) -> None:
         if self._store.config.profile == "standard":
@@ -167,9 +173,7 @@ class RedisSessionLog:
         if start < 0 or (end is not None and end < 0):
             start, end = from_end(start, end, (await self.get_session(session_id)).next_seq)
         events = await self._range(session_id, start, end, limit, types)
-        if not events:
-            await self._must_exist(session_id)
-        return events
+        return await self._store.payloads.resolve(self._keys.namespace, session_id, events)
 
     async def _range(
         self,
@@ -179,28 +183,57 @@ class RedisSessionLog:
         limit: int | None,
         types: Collection[str] | None = None,
     ) -> list[Event]:
-        log = self._keys.session(session_id).log
-        last = "+" if end is None else f"{end}-0"
+        """Events as they are stored."""
         position = max(start, 1)
         events: list[Event] = []
         chunk = CHUNK
+        if limit == 0 or (end is not None and position > end):
+            await self._first(session_id)
         while (end is None or position <= end) and (limit is None or len(events) < limit):
             few = limit is not None and types is None
             count = min(chunk, limit - len(events)) if few and limit is not None else chunk
-            raw = await self._store.reads.call("XRANGE", log, f"{position}-0", last, "COUNT", count)
-            found = [codec.event(entry) for entry in raw]
+            found, more = await self._page(session_id, position, end, count)
             events += found if types is None else [item for item in found if item.type in types]
-            if len(raw) < count:
+            if not more:
                 break
             small = sum(len(event.payload) for event in found) <= SMALL_CHUNK
             chunk = min(MAX_CHUNK, chunk * 2) if small else CHUNK
             position = found[-1].seq + 1
         return events if limit is None else events[:limit]
 
-    async def _must_exist(self, session_id: str) -> None:
-        if not await self._store.reads.call("EXISTS", self._keys.session(session_id).meta):
+    async def _page(
+        self, session_id: str, position: int, end: int | None, count: int
+    ) -> tuple[list[Event], bool]:
+        """At most `count` events from `position` on, and whether more may follow.
+
+        Positions are dense: a read that begins later than asked shows that the store has dropped what lies between,
+        also when it did so since the read before; and a segment is durable before that.
+        """
+        found = await self._hot(session_id, position, end, count)
+        cold = found[0].seq - 1 if found else await self._first(session_id) - 1
+        if position > cold:
+            return found, len(found) == count
+        last = cold if end is None else min(cold, end)
+        return await self._store.cold.events(
+            self._keys.namespace, session_id, position, last, count
+        ), True
+
+    async def _hot(
+        self, session_id: str, position: int, end: int | None, count: int
+    ) -> list[Event]:
+        log = self._keys.session(session_id).log
+        last = "+" if end is None else f"{end}-0"
+        raw = await self._store.reads.call("XRANGE", log, f"{position}-0", last, "COUNT", count)
+        return [codec.event(entry) for entry in raw]
+
+    async def _first(self, session_id: str) -> int:
+        """First position that the store still holds, or will hold. Raises SessionNotFound."""
+        key = self._keys.session(session_id).meta
+        following, first = await self._store.reads.call("HMGET", key, "next", "min")
+        if following is None:
             await self._store.verify()
             raise SessionNotFound(f"there is no session {session_id}")
+        return int(first or 1)
 
     async def get_session(self, session_id: str) -> SessionState:
         """See `log.SessionLog.get_session`."""
@@ -217,7 +250,13 @@ class RedisSessionLog:
         # Subscribed before the first read: what comes between the two is announced.
         async with self._store.hub.subscribe([self._keys.session(session_id).tail]) as tail:
             while True:
-                events = await self._range(session_id, position, None, CHUNK)
+                try:
+                    events = await self.get_events(session_id, position, limit=CHUNK)
+                except SessionNotFound:
+                    if known:
+                        return
+                    raise
+                known = True
                 for event in events:
                     yield event
                     position = event.seq + 1
@@ -225,14 +264,6 @@ class RedisSessionLog:
                         return
                 if len(events) == CHUNK:
                     continue
-                if not events:
-                    try:
-                        await self._must_exist(session_id)
-                    except SessionNotFound:
-                        if known:
-                            return
-                        raise
-                known = True
                 while message := await tail.get(POLL_SECONDS):
                     if not message[1] or int(message[1]) >= position:
                         break

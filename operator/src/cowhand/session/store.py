@@ -22,12 +22,14 @@ from cowhand.errors import (
     UserError,
 )
 from cowhand.session import scripts as lua
-from cowhand.session.codec import too_big
+from cowhand.session.archiving import RedisArchiveLog
+from cowhand.session.blobs import Archive, Payloads, too_big
+from cowhand.session.cold import ColdLog
 from cowhand.session.control import RedisControlLog
 from cowhand.session.hub import Hub
 from cowhand.session.keys import Keys, SessionKeys
 from cowhand.session.link import Link, Pipe, connection_factory, translate
-from cowhand.session.log import ControlLog, SessionLog, StoreConfig, WorkerLog
+from cowhand.session.log import ArchiveLog, ControlLog, SessionLog, StoreConfig, WorkerLog
 from cowhand.session.sessions import RedisSessionLog
 from cowhand.session.worker import RedisWorkerLog
 from cowhand.telemetry.metrics import STORE_BARRIER_SECONDS
@@ -47,9 +49,12 @@ class Store:
         config: StoreConfig,
         namespace: str,
         scripts: Mapping[str, lua.Script] | None = None,
+        archive: Archive | None = None,
     ) -> None:
         """`scripts` replaces the packaged ones (tests that prove that a defence matters)."""
         self.config = config
+        self.payloads = Payloads(archive)
+        self.cold = ColdLog(archive)
         self._namespace = namespace
         self._make = connection_factory(config)
         self._identity: bytes | None = None
@@ -91,6 +96,10 @@ class Store:
     def control_log(self) -> ControlLog:
         """`ControlLog`, for all tenants."""
         return RedisControlLog(self)
+
+    def archive_log(self) -> ArchiveLog:
+        """`ArchiveLog`, for all tenants."""
+        return RedisArchiveLog(self)
 
     def keys(self, namespace: str | None = None) -> Keys:
         """Key names of a tenant."""
@@ -163,7 +172,7 @@ class Store:
         if code == "FENCED":
             raise Fenced(f"session {session_id} is held by {reply[1].decode() or 'nobody'}")
         if code == "TOOBIG":
-            raise UserError(too_big(f"event {reply[1]}", reply[2]))
+            raise UserError(too_big(f"event {reply[1]}", reply[2], self.payloads.inline_limit))
 
     async def wait(self) -> int:
         """Barrier of profile standard: wait until a replica has all that we wrote on this connection.

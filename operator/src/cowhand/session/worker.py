@@ -24,7 +24,7 @@ from cowhand.errors import (
     Terminal,
 )
 from cowhand.session import codec
-from cowhand.session.events import EXTERNAL, INLINE_LIMIT, SESSION_WAKE, NewEvent
+from cowhand.session.events import EXTERNAL, SESSION_WAKE, NewEvent
 from cowhand.session.keys import GROUP, Keys
 from cowhand.session.link import Command, Link, translate
 from cowhand.session.log import HandRecord, Held, Lease, Parked, State
@@ -257,25 +257,29 @@ class RedisWorkerLog:
         self, lease: Lease, events: Sequence[NewEvent], *, status: dict[str, Any] | None = None
     ) -> int:
         """See `log.WorkerLog.append`."""
-        args: list[str | bytes | int] = ["" if status is None else codec.dump(status)]
         for event in events:
             if event.type in EXTERNAL or event.type == SESSION_WAKE:
                 raise ValueError(f"{event.type} is not an event that a worker appends")
-            args += [event.type, codec.checked_payload(event)]
         if not events and status is None:
             raise ValueError("nothing to append")
-        task = asyncio.get_running_loop().create_task(self._append(lease, args))
+        document = "" if status is None else codec.dump(status)
+        task = asyncio.get_running_loop().create_task(self._append(lease, events, document))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             raise
 
-    async def _append(self, lease: Lease, args: list[str | bytes | int]) -> int:
+    async def _append(self, lease: Lease, events: Sequence[NewEvent], status: str) -> int:
         appender = self._appenders.get(lease.value)
         if appender is None:
             raise Fenced(f"lease {lease.value} of {lease.session_id} was given back or lost")
         async with appender.lock:
+            payloads = self._store.payloads
+            stored = await payloads.pack(self._keys.namespace, lease.session_id, events)
+            args: list[str | bytes | int] = [status]
+            for event, payload in zip(events, stored, strict=True):
+                args += [event.type, payload]
             if appender.unsure is not None and appender.unsure != args:
                 await self._send(lease, appender, appender.unsure)
             return await self._send(lease, appender, args)
@@ -287,7 +291,7 @@ class RedisWorkerLog:
             reply, generation = await self._store.script_on(
                 "append",
                 self._keys.session(lease.session_id),
-                *(lease.value, wseq, PROGRESS_MS, INLINE_LIMIT, *args),
+                *(lease.value, wseq, PROGRESS_MS, self._store.payloads.inline_limit, *args),
             )
         except (Fenced, SessionNotFound, SessionClosed) as err:
             self._lost(lease, err)

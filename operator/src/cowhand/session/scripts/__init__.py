@@ -30,6 +30,7 @@ PARTS: Final[dict[str, tuple[str, ...]]] = {
     "suspects": ("own", "workers"),
     "giveback": ("meta", "ready"),
     "trim": ("ready",),
+    "archived": ("meta", "log"),
     "forget": ("ready",),
 }
 """Parts of a session (see `keys.SessionKeys.name`) that each script takes as KEYS."""

@@ -247,7 +247,8 @@ async def test_a_tenant_reaches_nothing_of_another(guarded):
                 await attempt
         # A script that declares a key of its own and then reaches for a foreign one.
         own = store.keys("team-a").session(sid)
-        loaded = await store.writes.call("SCRIPT", "LOAD", "return redis.call('HGETALL', ARGV[1])")
+        source = "return redis.call('HGETALL', ARGV[1])"
+        loaded = await theirs.writes.call("SCRIPT", "LOAD", source)
         with pytest.raises(Denied, match="ACL"):
             await store.writes.call("EVALSHA", loaded, 1, own.meta, keys.meta)
         assert [e.seq for e in await theirs.session_log().get_events(sid)] == [1, 2]
@@ -265,6 +266,11 @@ FORBIDDEN = [
     ("MONITOR",),
     ("SHUTDOWN",),
     ("SCRIPT", "FLUSH"),
+    ("SCRIPT", "LOAD", "return 1"),
+    ("EVAL", "return 1", "0"),
+    ("FUNCTION", "LOAD", "#!lua name=x\n"),
+    ("FCALL", "x", "0"),
+    ("GET", "cowhand:scripts"),
     ("REPLICAOF", "NO", "ONE"),
     ("PSUBSCRIBE", "*"),
     ("SUBSCRIBE", "cowhand:team-b:{p00}:p"),

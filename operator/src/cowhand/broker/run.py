@@ -46,6 +46,7 @@ async def run(settings: BrokerSettings) -> None:
         await _retried(keys.load)
         config = StoreConfig(**dataclasses.asdict(settings.store))
         store = await stack.enter_async_context(session.connect(config))
+        store.keep_scripts()
         broker = Broker(
             kube=kube,
             sessions=store.session_log,

@@ -112,6 +112,7 @@ async def run(settings: OperatorSettings, *, ready_file: Path = READY_FILE) -> N
 async def _run(settings: OperatorSettings, ready_file: Path) -> None:
     kube = await connect()
     store = connect_store(StoreConfig(**asdict(settings.store)))
+    store.keep_scripts()
     loop = asyncio.get_running_loop()
     elector = Elector(
         kube, settings.namespace, settings.identity, settings.lease_seconds, clock=loop.time

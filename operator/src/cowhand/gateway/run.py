@@ -47,6 +47,7 @@ async def run(settings: GatewaySettings) -> None:
         stack.push_async_callback(kube.close)
         config = StoreConfig(**asdict(settings.store))
         store = await stack.enter_async_context(connect(config))
+        store.keep_scripts()
         logs = {namespace: store.session_log(namespace) for namespace in settings.tenants}
         broker = HttpBroker(settings.broker_url, settings.ca_file, settings.token_file)
         stack.push_async_callback(broker.close)

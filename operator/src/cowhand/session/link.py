@@ -39,6 +39,12 @@ FIRST_PAUSE = 0.02
 
 LONGEST_PAUSE: Final = 0.5
 
+NOT_LOADED: Final = (
+    "the store does not know this release's scripts yet: operator, broker or gateway of the same release"
+    " loads them, is one of them running?"
+)
+"""A tenant's login met NOSCRIPT, and may not load scripts itself."""
+
 BATCH_COMMANDS: Final = 128
 BATCH_BYTES: Final = 1024 * 1024
 
@@ -185,6 +191,7 @@ class Pipe:
         self._link = link
         self._scripts = scripts
         self._queue: deque[_Item] = deque()
+        self._may_load = True
         self._flusher: asyncio.Task[None] | None = None
 
     @property
@@ -212,7 +219,7 @@ class Pipe:
         return await future
 
     async def script(self, name: str, keys: Sequence[str], *args: str | bytes | int) -> Any:
-        """Run a script by its digest; it is loaded if the server does not know it."""
+        """Run a script by its digest; if the server does not know it, it is loaded, or waited for."""
         return (await self.script_on(name, keys, *args))[0]
 
     async def script_on(
@@ -287,25 +294,35 @@ class Pipe:
                 self._fail([item], translate(reply))
             elif not item.future.done():
                 item.future.set_result((reply, self._link.generation))
-        if unknown:
-            await self._load(unknown)
+        loaded = await self._load(unknown) if unknown else True
         if reason is not None:
             await self._link.close()
             self._again(passing, reason)
-        return reason is None
+        return reason is None and loaded
 
-    async def _load(self, items: list[_Item]) -> None:
+    async def _load(self, items: list[_Item]) -> bool:
+        """Load all scripts, so that `items` can be sent again; answers False if that is not our right.
+
+        A tenant's login may only run what the control plane has loaded (see `keeper`): it waits for that.
+        """
+        if not self._may_load:
+            self._again(items, StoreUnavailable(NOT_LOADED, after=1.0))
+            return False
         loads = [("SCRIPT", "LOAD", script.source) for script in self._scripts.values()]
         try:
             replies = await self._link.run(loads)
         except (OSError, TimeoutError, redis_errors.RedisError, CowhandError) as err:
             self._again(items, err)
-            return
+            return True
         errors = [reply for reply in replies if isinstance(reply, Exception)]
+        if errors and isinstance(errors[0], redis_errors.NoPermissionError):
+            self._may_load = False
+            return await self._load(items)
         if errors:
             self._fail(items, translate(errors[0]))
         else:
             self._queue.extendleft(reversed(items))
+        return True
 
     @staticmethod
     def _fail(items: Sequence[_Item], err: BaseException) -> None:

@@ -6,6 +6,7 @@ of our own appends), one for reads, one for nudges, and one for each blocking re
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from cowhand.session.blobs import Archive, Payloads, too_big
 from cowhand.session.cold import ColdLog
 from cowhand.session.control import RedisControlLog
 from cowhand.session.hub import Hub
+from cowhand.session.keeper import ScriptKeeper
 from cowhand.session.keys import Keys, SessionKeys
 from cowhand.session.link import Link, Pipe, connection_factory, translate
 from cowhand.session.log import ArchiveLog, ControlLog, SessionLog, StoreConfig, WorkerLog
@@ -58,10 +60,11 @@ class Store:
         self._namespace = namespace
         self._make = connection_factory(config)
         self._identity: bytes | None = None
-        loaded = lua.load() if scripts is None else scripts
-        self.writes = Pipe(self.link(), loaded)
-        self.reads = Pipe(self.link(), loaded)
+        self._scripts = lua.load() if scripts is None else scripts
+        self.writes = Pipe(self.link(), self._scripts)
+        self.reads = Pipe(self.link(), self._scripts)
         self.hub = Hub(self.link())
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Store:
         return self
@@ -71,6 +74,9 @@ class Store:
 
     async def aclose(self) -> None:
         """Close all connections but those of readers that still iterate."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.writes.close()
         await self.reads.close()
         await self.hub.close()
@@ -84,6 +90,11 @@ class Store:
             Denied: wrong user or password.
         """
         await self.reads.call("PING")
+
+    def keep_scripts(self) -> None:
+        """Keep the scripts loaded until `aclose`: each process of the control plane does it (see `keeper`)."""
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(ScriptKeeper(self, self._scripts).run()))
 
     def session_log(self, namespace: str | None = None) -> SessionLog:
         """`SessionLog` of a tenant (default: the one given to `connect`)."""

@@ -6,56 +6,12 @@ import asyncio
 import json
 import os
 import signal
-import sys
 
 import pytest
 
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
-from support.fake_kubectl import FakeKubectl
 from support.gateway_rig import HEX, SID, response, tool_use, turn
-
-
-class Cli:
-    """Runs `python -m cowhand` with the fake kubectl on PATH."""
-
-    def __init__(self, rig, kubectl):
-        self.rig = rig
-        self.kubectl = kubectl
-
-    async def start(self, *arguments, stdin=None):
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "cowhand",
-            *arguments,
-            stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env={"PATH": f"{self.kubectl.bin}", "PYTHONIOENCODING": "utf-8"},
-            # A test run in the background of a shell ignores SIGINT, and its children would inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-        )
-
-    async def __call__(self, *arguments, code=0, stdin=None):
-        process = await self.start(*arguments, stdin=stdin)
-        raw = await asyncio.wait_for(process.communicate(stdin), 40)
-        out, err = (text.decode() for text in raw)
-        assert process.returncode == code, f"{process.returncode}: {out}\n{err}"
-        return out if code == 0 else out + err
-
-
-@pytest.fixture
-async def cli(rig, tmp_path):
-    folder = tmp_path / "kubectl"
-    folder.mkdir()
-    kubectl = FakeKubectl(folder)
-    kubectl.write("token", "jane-token")
-    kubectl.write("port", rig.url.rsplit(":", 1)[1])
-    ca = {"data": {"ca.crt": rig.certificates.ca.read_text()}}
-    kubectl.put("configmap", "cowhand-ca", ca, "cowhand-system")
-    kubectl.put("agentsession", "fix", {"status": {"sessionID": SID, "state": "idle", "turns": 1}})
-    return Cli(rig, kubectl)
 
 
 async def test_events_as_text_raw_and_public(rig, cli):

@@ -174,4 +174,39 @@ def _people(commands: Any, shared: argparse.ArgumentParser) -> None:
     execute.add_argument("--hand", default="", help="which hand of the session")
     execute.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS")
 
+    _records(command)
+
     command("doctor", "doctor", "check the installation and say what to do", "doctor")
+
+
+def _records(command: Callable[..., Any]) -> None:
+    """Sessions as files."""
+    export = command("export", "export", "write a session to a file, byte for byte", "records")
+    export.add_argument("session", metavar="SESSION")
+    export.add_argument(
+        "-o", "--output", default="-", metavar="FILE", help="default: standard output"
+    )
+
+    verify = command("verify", "check", "check what a log promises, offline", "records")
+    verify.add_argument("session", metavar="SESSION|FILE")
+    verify.add_argument("--json", action="store_true", help="the report as JSON")
+
+    replay = command("replay", "show", "show the exact request that Claude got", "records")
+    replay.add_argument("session", metavar="SESSION|FILE")
+    which = replay.add_mutually_exclusive_group()
+    which.add_argument(
+        "--request", type=_count, default=0, metavar="N", help="number of the request"
+    )
+    which.add_argument(
+        "--at", type=_count, default=0, metavar="SEQ", help="the newest request at this position"
+    )
+    form = replay.add_mutually_exclusive_group()
+    form.add_argument("--messages", action="store_true", help="only the messages, for people")
+    form.add_argument("--json", action="store_true", help="indented, instead of the exact bytes")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("counts from 1")
+    return value

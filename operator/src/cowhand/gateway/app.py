@@ -96,6 +96,7 @@ def build(gateway: Gateway) -> web.Application:
             web.post("/v1/sessions/{id}/events", send_events),
             web.get("/v1/sessions/{id}/events/stream", stream_events, allow_head=False),
             web.get("/v1/sessions/{id}/log", read_log, allow_head=False),
+            web.get("/v1/sessions/{id}/export", export_session, allow_head=False),
             web.post("/v1/namespaces/{namespace}/sandboxes/{name}/exec", execute),
         ]
     )
@@ -363,6 +364,24 @@ async def read_log(request: web.Request) -> web.StreamResponse:
     except CowhandError as err:
         await response.write(rawlog.error_line(answer(err, request[REQUEST_ID]).body))
     return response
+
+
+async def export_session(request: web.Request) -> web.StreamResponse:
+    """`GET /v1/sessions/{id}/export`."""
+    target = await _target(request, READ)
+    response = _stream_response("application/x-ndjson")
+    response.headers["request-id"] = request[REQUEST_ID]
+    await response.prepare(request)
+    try:
+        async for line in rawlog.export_lines(target.log, target.state, _wall_ms()):
+            await response.write(line)
+    except CowhandError as err:
+        await response.write(rawlog.error_line(answer(err, request[REQUEST_ID]).body))
+    return response
+
+
+def _wall_ms() -> int:
+    return round(time.time() * 1000)
 
 
 async def _follow(

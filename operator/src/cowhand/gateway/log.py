@@ -1,19 +1,25 @@
 """The raw log as NDJSON: an extension for people who debug, and the source of `cowhand events`.
 
-One line per event, `{"seq","type","id","ts","lease","payload"}` with the payload byte for byte as stored.
+One line per event, `{"seq","type","id","ts","lease","payload"}` with the payload as JSON.
 Empty lines are keep-alives. A line `{"error":...}` at the end says why a followed log stopped.
+
+`export_lines` makes the file of `cowhand export` (see `session.export`), whose payloads survive byte for byte.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 from multidict import MultiMapping
 
-from cowhand.errors import UserError
+from cowhand.errors import SessionNotFound, UserError
+from cowhand.gateway.window import chunks
 from cowhand.session.events import Event
+from cowhand.session.export import Writer, header_of
+from cowhand.session.log import SessionLog, SessionState
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,31 @@ def line(event: Event) -> bytes:
     if b"\n" in payload or b"\r" in payload:
         payload = json.dumps(json.loads(payload), ensure_ascii=False).encode()
     return json.dumps(head, ensure_ascii=False).encode()[:-1] + b', "payload": ' + payload + b"}\n"
+
+
+async def export_lines(log: SessionLog, state: SessionState, now_ms: int) -> AsyncIterator[bytes]:
+    """The lines of an export: the session as `state` says, and its events up to there.
+
+    Args:
+        log: of the session's tenant.
+        state: the session, read before its events.
+        now_ms: milliseconds since the epoch.
+
+    Raises:
+        SessionNotFound: the log went away meanwhile; the file lacks its footer then.
+    """
+    writer = Writer()
+    yield writer.begin(header_of(state, now_ms))
+    last, seq = state.next_seq - 1, 0
+    async for found in chunks(log, state.meta.session_id, 1, last):
+        for event in found:
+            seq = event.seq
+            yield writer.event(event)
+    if seq != last:
+        raise SessionNotFound(
+            f"the log of {state.meta.session_id} was deleted at {seq} of {last} events"
+        )
+    yield writer.end()
 
 
 def error_line(envelope: dict[str, Any]) -> bytes:

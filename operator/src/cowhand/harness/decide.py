@@ -43,6 +43,10 @@ RETRYABLE: Final = frozenset(
 """Types of model errors that another attempt may cure; every other type ends the turn at once."""
 
 INTERRUPTED: Final = "Tool execution was interrupted before completion. Please retry."
+FORKED: Final = (
+    "This session was forked while the call was open: its result stayed in the other session, and so did "
+    "the sandbox with its files. The next tool call starts a new, empty sandbox."
+)
 CUT_CALL: Final = (
     "The output limit (max_tokens) cut this call off before its input was complete, so it did not "
     "run. Make the input smaller, for example by writing a file in several steps."
@@ -349,6 +353,8 @@ def _leftover(conversation: Conversation) -> Step | None:
         assert conversation.request is not None
         data = {"start": conversation.request.seq, "outcome": "lost"}
         return Append((NewEvent(ev.MODEL_REQUEST_END, data),))
+    if conversation.orphaned:
+        return Append(tuple(synthesized(use, FORKED) for use in conversation.orphaned))
     working = not conversation.ended or conversation.triggered
     if conversation.interrupted:
         results = (synthesized(use, INTERRUPTED) for use in conversation.unresolved)

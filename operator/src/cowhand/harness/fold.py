@@ -121,6 +121,8 @@ class Conversation:
         budget: limits in force, of `session.created` or the newest `session.updated`.
         refused: the budget stopped the session after the newest message came.
         wakes: wakes in a row without progress.
+        lineage: of a fork: (session, last position that it wrote), oldest first.
+        forked: position of the newest `session.forked`, 0 for none.
         status: status document, see `status`.
     """
 
@@ -152,9 +154,12 @@ class Conversation:
     budget: Mapping[str, Any] = field(default_factory=dict)
     refused: bool = False
     wakes: int = 0
+    lineage: tuple[tuple[str, int], ...] = ()
+    forked: int = 0
     status: dict[str, Any] = field(default_factory=st.empty_status)
     _turn_start: int = 0
     _turn_results: tuple[Block, ...] = ()
+    _asked_at: int = 0
     _payload: bytes = field(default=b"", repr=False, compare=False)
 
     # What follows from the state.
@@ -170,6 +175,11 @@ class Conversation:
     def unresolved(self) -> tuple[ToolUse, ...]:
         """Tool calls without a result, in order."""
         return tuple(use for use in self.uses if use.id not in self.results)
+
+    @property
+    def orphaned(self) -> tuple[ToolUse, ...]:
+        """Open tool calls of the session that this one was forked from."""
+        return self.unresolved if self.forked > self._asked_at else ()
 
     @property
     def triggered(self) -> bool:
@@ -228,8 +238,18 @@ class Conversation:
         if request.n_messages > len(self.messages):
             return False
         messages = self.messages[: request.n_messages]
-        sha = prefix_sha(self.base, self.session_id, request.max_tokens, messages)
-        return sha == request.prefix_sha
+        writer = self.writer_of(request.seq)
+        return prefix_sha(self.base, writer, request.max_tokens, messages) == request.prefix_sha
+
+    def writer_of(self, seq: int) -> str:
+        """The session that wrote this position: of a fork's copied events that of the source.
+
+        A request names it in `metadata.user_id`.
+        """
+        for session_id, last in self.lineage:
+            if seq <= last:
+                return session_id
+        return self.session_id
 
     # Folding.
 
@@ -256,6 +276,9 @@ class Conversation:
                 f"release has {ASSEMBLER}: wake it with the release that made it"
             )
         self.created = data
+        self.lineage = tuple(
+            (str(item["session"]), int(item["position"])) for item in data.get("lineage") or ()
+        )
         self.budget = data.get("budget") or {}
 
     def _updated(self, seq: int, data: Mapping[str, Any]) -> None:
@@ -280,6 +303,15 @@ class Conversation:
             return
         allow = data.get("result") == "allow"
         self.decisions[use_id] = Decision(allow, str(data.get("deny_message") or ""))
+        self.wakes = 0
+
+    def _forked(self, seq: int, data: Mapping[str, Any]) -> None:
+        """The events before were another session's: its hands, its budget and its mode stay with it."""
+        self.forked = seq
+        self.hands = {}
+        self.suspended = False
+        self.refused = False
+        self.budget = data.get("budget") or {}
         self.wakes = 0
 
     def _suspended(self, seq: int, data: Mapping[str, Any]) -> None:
@@ -352,6 +384,7 @@ class Conversation:
         if blocks:
             self.messages.append(Message("assistant", blocks))
         self.uses = tool_uses(message)
+        self._asked_at = seq
         continued = self.stop_reason == "pause_turn" or (
             self.stop_reason == "max_tokens" and not self.uses
         )
@@ -447,6 +480,7 @@ _HANDLERS: Final[Mapping[str, Callable[[Conversation, int, Mapping[str, Any]], N
     ev.SESSION_RESUMED: Conversation._resumed,
     ev.SESSION_UPDATED: Conversation._updated,
     ev.SESSION_DELETED: Conversation._deleted,
+    ev.SESSION_FORKED: Conversation._forked,
     ev.SESSION_WAKE: Conversation._wake,
     ev.USER_MESSAGE: Conversation._message,
     ev.USER_INTERRUPT: Conversation._interrupt,

@@ -24,6 +24,15 @@ _USAGE: Final = (
 )
 
 
+_HAND_STATES: Final = {
+    ev.HAND_REQUESTED: "Pending",
+    ev.HAND_PROVISIONED: "Ready",
+    ev.HAND_LOST: "Lost",
+}
+
+_COUNTED: Final = ("turns", "requests", "tool_calls", "usage")
+
+
 def empty_status() -> dict[str, Any]:
     """The document of a session in which nothing happened yet."""
     return {
@@ -88,12 +97,11 @@ def _changes(status: Mapping[str, Any], kind: str, data: Mapping[str, Any]) -> d
             }
         case ev.TOOL_RESULT:
             return {"pending": _without(status["pending"], data["tool_use_id"])}
-        case ev.HAND_REQUESTED:
-            return _with_hand(status, data, "Pending")
-        case ev.HAND_PROVISIONED:
-            return _with_hand(status, data, "Ready")
-        case ev.HAND_LOST:
-            return _with_hand(status, data, "Lost")
+        case ev.HAND_REQUESTED | ev.HAND_PROVISIONED | ev.HAND_LOST:
+            return _with_hand(status, data, _HAND_STATES[kind])
+        case ev.SESSION_FORKED:
+            # A fork counts from zero: what its source used was paid for there.
+            return {**empty_status(), "inherited": {key: status[key] for key in _COUNTED}}
         case ev.SESSION_ERROR:
             error = data["error"]
             return {"error": {"type": error["type"], "message": error["message"]}}

@@ -38,6 +38,8 @@ SESSION_RESUMED: Final = "session.resumed"
 SESSION_UPDATED: Final = "session.updated"
 SESSION_DELETED: Final = "session.deleted"
 SESSION_EXEC: Final = "session.exec"
+SESSION_FORKED: Final = "session.forked"
+LOG_REGRESSED: Final = "log.regressed"
 USER_MESSAGE: Final = "user.message"
 USER_INTERRUPT: Final = "user.interrupt"
 USER_TOOL_CONFIRMATION: Final = "user.tool_confirmation"
@@ -69,6 +71,8 @@ EXTERNAL: Final = frozenset(
         SESSION_UPDATED,
         SESSION_DELETED,
         SESSION_EXEC,
+        SESSION_FORKED,
+        LOG_REGRESSED,
         USER_MESSAGE,
         USER_INTERRUPT,
         USER_TOOL_CONFIRMATION,

@@ -349,14 +349,16 @@ class SessionLoop:
             "prefix_sha": prefix_sha(base, self.session_id, limit, prompt),
             "n_messages": len(prompt),
         }
-        raw = body(base, self.session_id, limit, prompt)
         await self._journal.append((*self._running(), NewEvent(ev.MODEL_REQUEST_START, start)))
         assert conversation.request is not None, "folded with the append"
         seq = conversation.request.seq
         self._around.probe("request")
         self._streaming = True
         try:
-            response = await self._race(self._stream(raw), self._stop_stream)
+            # Named nowhere, so that the request is gone once it is sent: the answer may take minutes.
+            response = await self._race(
+                self._stream(body(base, self.session_id, limit, prompt)), self._stop_stream
+            )
         except Stopped:
             await self._journal.append((_request_end(seq, "interrupted"),))
         except ModelError as err:
@@ -367,8 +369,8 @@ class SessionLoop:
         finally:
             self._streaming = False
 
-    async def _stream(self, raw: bytes) -> Response:
-        return await self._around.model.stream(
+    def _stream(self, raw: bytes) -> Coroutine[Any, Any, Response]:
+        return self._around.model.stream(
             raw,
             session_id=self.session_id,
             lease=self.lease,

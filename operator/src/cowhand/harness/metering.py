@@ -48,10 +48,12 @@ class MeteredModel:
     ) -> Response:
         """As the model inside."""
         outcome = "other"
+        answer = self._model.stream(
+            body, session_id=session_id, lease=lease, on_text=on_text, betas=betas
+        )
+        del body  # as in the model inside: nobody keeps a request that was sent
         try:
-            response = await self._model.stream(
-                body, session_id=session_id, lease=lease, on_text=on_text, betas=betas
-            )
+            response = await answer
             outcome = "ok"
         except ModelError as err:
             outcome = _OUTCOMES.get(err.type, "other")

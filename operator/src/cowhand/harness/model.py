@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
 import anthropic
 import httpx2
 
+from cowhand.harness.http import AiohttpTransport
 from cowhand.harness.stream import Accumulator, ModelError
 
-MAX_CONNECTIONS: Final = 1000
+PIECE: Final = 256 * 1024
+"""Bytes of a request that are sent at a time."""
 
 _BY_STATUS: Final = {
     400: "invalid_request_error",
@@ -112,6 +114,13 @@ def _classify_status(error: anthropic.APIStatusError) -> ModelError:
     return ModelError(kind, message, status=status, retry_after_s=after)
 
 
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    """The body, once; what was sent is not kept."""
+    view = memoryview(body)
+    for at in range(0, len(view), PIECE):
+        yield view[at : at + PIECE]
+
+
 class AnthropicModel:
     """`Model` on the Anthropic SDK.
 
@@ -122,12 +131,7 @@ class AnthropicModel:
 
     def __init__(self, base_url: str, *, read_timeout_s: float = 300.0) -> None:
         # trust_env off: a HTTP_PROXY variable of the pod must not lead requests past our proxy.
-        http = anthropic.DefaultAsyncHttpxClient(
-            trust_env=False,
-            limits=httpx2.Limits(
-                max_connections=MAX_CONNECTIONS, max_keepalive_connections=100, keepalive_expiry=30
-            ),
-        )
+        http = anthropic.DefaultAsyncHttpxClient(trust_env=False, transport=AiohttpTransport())
         self._client = anthropic.AsyncAnthropic(
             base_url=base_url,
             api_key="added-by-the-proxy",
@@ -157,15 +161,21 @@ class AnthropicModel:
         }
         if betas:
             headers["anthropic-beta"] = ",".join(betas)
+        headers["content-length"] = str(len(body))
+        content = _pieces(body)
+        del body  # thousands of sessions wait for their answer: none keeps its request meanwhile
         try:
-            return await self._stream(body, headers, on_text)
+            return await self._stream(content, headers, on_text)
         except (anthropic.AnthropicError, httpx2.HTTPError, httpx2.StreamError) as err:
             raise classify(err) from err
         except _MALFORMED as err:
             raise ModelError("stream_cut", f"the stream is not valid: {err!r}") from err
 
     async def _stream(
-        self, body: bytes, headers: dict[str, str], on_text: Callable[[str], None]
+        self,
+        content: AsyncIterator[bytes],
+        headers: dict[str, str],
+        on_text: Callable[[str], None],
     ) -> Response:
         began = time.monotonic()
         # cast_to is only the type of parsed events, which we never ask for.
@@ -174,7 +184,7 @@ class AnthropicModel:
             await self._client.post(
                 "/v1/messages?beta=true" if "anthropic-beta" in headers else "/v1/messages",
                 cast_to=object,
-                content=body,
+                content=content,
                 options={"headers": headers},
                 stream=True,
                 stream_cls=anthropic.AsyncStream[object],

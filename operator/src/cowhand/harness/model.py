@@ -116,9 +116,8 @@ def _classify_status(error: anthropic.APIStatusError) -> ModelError:
 
 async def _pieces(body: bytes) -> AsyncIterator[bytes]:
     """The body, once; what was sent is not kept."""
-    view = memoryview(body)
-    for at in range(0, len(view), PIECE):
-        yield view[at : at + PIECE]
+    for at in range(0, len(body), PIECE):
+        yield body[at : at + PIECE]
 
 
 class AnthropicModel:

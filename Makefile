@@ -49,7 +49,8 @@ unit: setup ## Tests without a cluster: unit, contract, integration, adversarial
 
 .PHONY: e2e
 e2e: setup ## Tests on the cluster (needs cluster, images, install)
-	$(PYTEST) -m "e2e or apiserver" -x --timeout 600 tests
+	$(PYTEST) -n 3 -m "(e2e or apiserver) and not disruptive" -x --timeout 600 tests
+	$(PYTEST) -m disruptive -x --timeout 600 tests
 
 .PHONY: bench
 bench: setup ## Measure, print the table, write bench/results.json (needs cluster, images, install)

@@ -95,8 +95,8 @@ class Cluster:
         body = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)})
         self.kubectl("apply", "--server-side", "-f", "-", stdin=body)
 
-    def sigkill(self, pod: Json, *containers: str) -> None:
-        """SIGKILL the main process of these containers (all, if none is named) on the node."""
+    def signal(self, pod: Json, name: str) -> None:
+        """Send a signal to the main process of each running container of a pod, on the node."""
         status = pod["status"]
         node = pod["spec"]["nodeName"]
         for entry in [
@@ -105,15 +105,13 @@ class Cluster:
         ]:
             if "running" not in entry.get("state", {}):
                 continue
-            if containers and entry["name"] not in containers:
-                continue
             container = entry["containerID"].removeprefix("containerd://")
-            command = ["ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", container]
+            command = ["ctr", "-n", "k8s.io", "tasks", "kill", "-s", name, container]
             subprocess.run(["docker", "exec", node, *command], check=False, capture_output=True)
 
     def kill_pod(self, pod: Json) -> None:
         """SIGKILL every process of a pod and remove the pod at once."""
-        self.sigkill(pod)
+        self.signal(pod, "SIGKILL")
         meta = pod["metadata"]
         self.kubectl(
             "-n",

@@ -17,6 +17,10 @@ WHY: dict[str, dict[str, dict[str, str]]] = {
             "get": "leader election: reads it",
             "patch": "leader election: renews it, takes it over",
         },
+        "/configmaps": {
+            "create": "the store's identity, once (a create cannot be limited to a name)"
+        },
+        "/configmaps[cowhand-store-identity]": {"get": "the store's identity"},
     },
     "cowhand-operator @ tenant": {
         "/configmaps": {"get": "spec.resources: says which ConfigMap or key is missing"},
@@ -155,7 +159,7 @@ WHY: dict[str, dict[str, dict[str, str]]] = {
 
 WHY_PURGE: dict[str, dict[str, dict[str, str]]] = {
     "cowhand-teardown @ system": {
-        "/configmaps[cowhand-ca]": {"delete": "purge"},
+        "/configmaps[cowhand-ca cowhand-store-identity]": {"delete": "purge"},
         "/persistentvolumeclaims[data-cowhand-store-0]": {"delete": "purge"},
         "/secrets[cowhand-broker-keys cowhand-ca-key cowhand-store-acl cowhand-store-archive "
         "cowhand-store-broker cowhand-store-gateway cowhand-store-operator cowhand-tls-archive "

@@ -106,6 +106,7 @@ def test_deleted_in_mid_turn_ends_the_log_and_the_pods(rig: Rig) -> None:
     rig.model.release(gate)
 
 
+@pytest.mark.disruptive
 def test_deleted_while_the_store_is_dead(rig: Rig) -> None:
     marker = rig.model.script({"content": [say("hi")]})
     session = rig.session(f"{marker}")

@@ -14,7 +14,7 @@ import pytest
 from e2e.checks import COUNT, check_log, check_requests, final_text
 from lab import SYSTEM, Follower, Rig, Session, bash, eventually, say
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.disruptive]
 
 WAIT_FOR_FILE = "while [ ! -e /workspace/go ]; do sleep 0.1; done; "
 

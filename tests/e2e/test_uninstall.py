@@ -12,7 +12,7 @@ import pytest
 from e2e.checks import check_log, final_text
 from lab import ROOT, SYSTEM, Rig, eventually
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.disruptive]
 
 
 def _install(verb: str) -> None:

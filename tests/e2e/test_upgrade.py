@@ -15,7 +15,7 @@ import pytest
 from e2e.checks import COUNT, check_log, check_requests, final_text
 from lab import ROOT, SYSTEM, Json, Rig, Session, bash, eventually, say
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.disruptive]
 
 OURS = "app.kubernetes.io/name=cowhand,app.kubernetes.io/component notin (sandbox,bootstrap)"
 NAMESPACES = (SYSTEM, "default", "team-b")

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from cowhand.errors import Denied, StoreMismatch, StoreUnavailable, UserError
+from cowhand.errors import Denied, SessionNotFound, StoreMismatch, StoreUnavailable, UserError
 from cowhand.session import connect
 from cowhand.session import link as link_module
 from cowhand.session.acl import CONTROL_USERS, users_acl
@@ -106,7 +106,7 @@ async def test_an_empty_server_in_its_place_is_noticed(server, store):
         anext(store.control_log().projection_nudges(["team-a"])),
         store.check(),
     ):
-        with pytest.raises(StoreMismatch, match="restore"):
+        with pytest.raises(StoreMismatch, match="Restore its volume"):
             await attempt
 
 
@@ -116,6 +116,57 @@ async def test_an_empty_server_without_an_identity_is_not_adopted(server, store)
     with pytest.raises(StoreMismatch):
         await store.check()
     assert server.command("EXISTS", "cowhand:gen") == b":0\r\n"
+
+
+class Memory:
+    """An IdentityKeeper that outlives processes."""
+
+    where = "ConfigMap cowhand-system/cowhand-store-identity"
+
+    def __init__(self) -> None:
+        self.kept: str | None = None
+
+    async def recall(self) -> str | None:
+        return self.kept
+
+    async def keep(self, identity: str) -> None:
+        self.kept = identity
+
+
+async def test_a_process_that_starts_anew_refuses_an_emptied_store_until_a_person_accepts_it(
+    server,
+):
+    memory = Memory()
+    config = StoreConfig(server.url)
+    async with connect(config, namespace="team-a", keeper=memory) as first:
+        sid = await make.start(first.session_log())
+    old = memory.kept
+    assert old
+    await asyncio.to_thread(server.restart, empty=True)
+    async with connect(config, namespace="team-a", keeper=memory) as operator:
+        for _ in range(2):
+            with pytest.raises(StoreMismatch, match=f"is empty.*delete {memory.where}"):
+                await operator.session_log().get_session(sid)
+        assert server.command("EXISTS", "cowhand:gen") == b":0\r\n", "it made itself a new store"
+        async with connect(config, namespace="team-a") as newcomer:
+            await newcomer.check()
+        with pytest.raises(StoreMismatch, match="is another one"):
+            await operator.session_log().get_session(sid)
+        memory.kept = None
+        with pytest.raises(SessionNotFound):
+            await operator.session_log().get_session(sid)
+        assert memory.kept
+        assert memory.kept != old
+
+
+async def test_without_that_memory_a_new_process_takes_the_emptied_store_for_a_new_one(server):
+    config = StoreConfig(server.url)
+    async with connect(config, namespace="team-a") as first:
+        sid = await make.start(first.session_log())
+    await asyncio.to_thread(server.restart, empty=True)
+    async with connect(config, namespace="team-a") as operator:
+        with pytest.raises(SessionNotFound):
+            await operator.session_log().get_session(sid)
 
 
 async def test_data_lost_behind_an_open_connection_is_noticed(log_roles):

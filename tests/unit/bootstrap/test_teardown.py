@@ -69,6 +69,9 @@ def fill(kube: Cluster) -> None:
     )
     claim = {"name": "data-cowhand-store-0", "namespace": NS}
     kube.put({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": claim})
+    for name in ("cowhand-ca", "cowhand-store-identity"):
+        meta = {"name": name, "namespace": NS}
+        kube.put({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta})
 
 
 def settings(*, purge: bool = False) -> BootstrapSettings:
@@ -104,6 +107,7 @@ async def test_purge_takes_resources_and_volume() -> None:
     await teardown(kube, settings(purge=True), sleep=kube.nap)
     assert kube.all(kinds.AGENT_SESSION) == []
     assert kube.all(kinds.PERSISTENT_VOLUME_CLAIM) == []
+    assert kube.all(kinds.CONFIG_MAP) == []
     assert [p["metadata"]["name"] for p in kube.all(kinds.POD)] == ["web"]
 
 

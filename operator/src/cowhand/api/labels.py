@@ -52,6 +52,8 @@ CA_CONFIG_MAP: Final = "cowhand-ca"
 CA_KEY: Final = "ca.crt"
 CA_SECRET: Final = "cowhand-ca-key"  # noqa: S105 - the name of a Secret
 STORE_SECRET: Final = "cowhand-store"  # noqa: S105 - the name of a Secret
+STORE_IDENTITY: Final = "cowhand-store-identity"
+"""ConfigMap of the release namespace: which store this is; the operator makes it."""
 STORE_ACL_SECRET: Final = "cowhand-store-acl"  # noqa: S105 - the name of a Secret
 
 # Token audiences.

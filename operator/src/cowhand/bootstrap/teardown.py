@@ -164,6 +164,7 @@ async def _purge(kube: Kube, settings: BootstrapSettings) -> None:
         await kube.delete(kinds.SECRET, settings.namespace, secret)
     await kube.delete(kinds.CONFIG_MAP, settings.namespace, labels.CA_CONFIG_MAP)
     await kube.delete(kinds.PERSISTENT_VOLUME_CLAIM, settings.namespace, STORE_CLAIM)
+    await kube.delete(kinds.CONFIG_MAP, settings.namespace, labels.STORE_IDENTITY)
 
 
 async def _ignoring_gone(write: Awaitable[object]) -> None:

@@ -19,6 +19,7 @@ import kopf
 from cowhand.api.v1alpha1 import EnvironmentSpec
 from cowhand.controller import handlers
 from cowhand.controller.freeze import FreezeDefaults
+from cowhand.controller.identity import IdentityInConfigMap
 from cowhand.controller.leader import Elector, LeaderKube
 from cowhand.controller.logs import Logs
 from cowhand.controller.operator import Operator
@@ -111,7 +112,10 @@ async def run(settings: OperatorSettings, *, ready_file: Path = READY_FILE) -> N
 
 async def _run(settings: OperatorSettings, ready_file: Path) -> None:
     kube = await connect()
-    store = connect_store(StoreConfig(**asdict(settings.store)))
+    store = connect_store(
+        StoreConfig(**asdict(settings.store)),
+        keeper=IdentityInConfigMap(kube, settings.namespace),
+    )
     store.keep_scripts()
     loop = asyncio.get_running_loop()
     elector = Elector(

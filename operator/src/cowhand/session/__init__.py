@@ -16,10 +16,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cowhand.session.blobs import Archive
     from cowhand.session.log import StoreConfig
-    from cowhand.session.store import Store
+    from cowhand.session.store import IdentityKeeper, Store
 
 
-def connect(config: StoreConfig, *, namespace: str = "", archive: Archive | None = None) -> Store:
+def connect(
+    config: StoreConfig,
+    *,
+    namespace: str = "",
+    archive: Archive | None = None,
+    keeper: IdentityKeeper | None = None,
+) -> Store:
     """A process's access to the store; nothing is opened before the first call (or `await store.check()`).
 
     Args:
@@ -27,6 +33,7 @@ def connect(config: StoreConfig, *, namespace: str = "", archive: Archive | None
         namespace: tenant of `session_log()` and `worker_log()` unless they name one.
         archive: where large payloads and old events are; None: payloads stand inline, and what was archived
             cannot be read.
+        keeper: remembers which store it must be; None: the first one that answers is the right one.
 
     Raises:
         UserError: the URL is not valid.
@@ -34,4 +41,4 @@ def connect(config: StoreConfig, *, namespace: str = "", archive: Archive | None
     # Here, not above: whoever needs only the types of this package does not load the store's client.
     from cowhand.session.store import Store
 
-    return Store(config, namespace, archive=archive)
+    return Store(config, namespace, archive=archive, keeper=keeper)

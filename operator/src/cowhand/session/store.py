@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from redis import exceptions as redis_errors
 
@@ -40,6 +40,20 @@ WAIT_MS: Final = 1000
 """How long a barrier waits for a replica before it is asked again."""
 
 
+class IdentityKeeper(Protocol):
+    """Remembers a store's identity across restarts of the process, outside the store."""
+
+    @property
+    def where(self) -> str:
+        """Where it is kept, for people."""
+
+    async def recall(self) -> str | None:
+        """What was kept; None if nothing was: the store that is there is accepted."""
+
+    async def keep(self, identity: str) -> None:
+        """Keep it for good."""
+
+
 class Store:
     """Connections of one process to one store.
 
@@ -52,6 +66,7 @@ class Store:
         namespace: str,
         scripts: Mapping[str, lua.Script] | None = None,
         archive: Archive | None = None,
+        keeper: IdentityKeeper | None = None,
     ) -> None:
         """`scripts` replaces the packaged ones (tests that prove that a defence matters)."""
         self.config = config
@@ -60,6 +75,7 @@ class Store:
         self._namespace = namespace
         self._make = connection_factory(config)
         self._identity: bytes | None = None
+        self._keeper = keeper
         self._scripts = lua.load() if scripts is None else scripts
         self.writes = Pipe(self.link(), self._scripts)
         self.reads = Pipe(self.link(), self._scripts)
@@ -124,10 +140,35 @@ class Store:
         return Link(self._make, self._greet)
 
     async def _greet(self, link: Link) -> None:
-        """Compare the identity of the store with the one we started with, on each new connection."""
+        """Compare the identity of the store with the one it must have, on each new connection."""
+        (found,) = await link.run([("GET", f"{self.config.prefix}:gen")])
+        if isinstance(found, Exception):
+            raise translate(found) from found
+        if self._identity is not None and found == self._identity:
+            return
+        expected, remedy = await self._expected()
+        if expected is None:
+            self._identity = await self._accept(link, found)
+        elif found == expected:
+            self._identity = found
+        else:
+            what = "is empty" if found is None else "is another one"
+            raise StoreMismatch(
+                f"the store {what}: the data of the one that was used before is lost or replaced. "
+                f"Restore its volume, or, to go on with what is there now, {remedy}"
+            )
+
+    async def _expected(self) -> tuple[bytes | None, str]:
+        """The identity that the store must have, None for any; and how a person accepts another one."""
+        if self._keeper is None:
+            return self._identity, "restart the process"
+        kept = await self._keeper.recall()
+        return None if kept is None else kept.encode(), f"delete {self._keeper.where}"
+
+    async def _accept(self, link: Link, found: bytes | None) -> bytes:
+        """The identity of a store that is new to us; a new store gets one."""
         key = f"{self.config.prefix}:gen"
-        (found,) = await link.run([("GET", key)])
-        if found is None and self._identity is None:
+        if found is None:
             (made,) = await link.run([("SET", key, secrets.token_hex(16), "NX")])
             if isinstance(made, redis_errors.NoPermissionError):
                 raise StoreUnavailable(
@@ -136,15 +177,12 @@ class Store:
             if isinstance(made, Exception):
                 raise translate(made) from made
             (found,) = await link.run([("GET", key)])
-        if isinstance(found, Exception):
-            raise translate(found) from found
-        if self._identity is None:
-            self._identity = found
-        elif found != self._identity:
-            raise StoreMismatch(
-                "the store is not the one that this process started with (its data was lost or replaced): "
-                "restore the volume, or restart the process to accept the new store"
-            )
+            if isinstance(found, Exception):
+                raise translate(found) from found
+        assert isinstance(found, bytes), "GET after SET NX"
+        if self._keeper is not None:
+            await self._keeper.keep(found.decode())
+        return found
 
     async def verify(self) -> None:
         """Raise StoreMismatch if the data was lost behind an open connection."""

@@ -118,6 +118,9 @@ WHY: dict[str, dict[str, dict[str, str]]] = {
             for part in ("approvals", "exec", "messages")
         },
     },
+    "cowhand-admin @ cluster": {
+        "cowhand.dev/agentsessions/systemmessages": {"create": "admins: cowhand send --system"},
+    },
     "cowhand-connect @ system": {
         "/configmaps[cowhand-ca]": {"get": "the CLI checks the gateway's certificate"},
         "/pods": {"get": "port-forward to the gateway", "list": "port-forward to the gateway"},
@@ -283,4 +286,4 @@ def test_roles_and_bindings_belong_together(render: Render) -> None:
             used.add(key)
             assert {(s["namespace"], s["name"]) for s in item["subjects"]} <= accounts
     unbound = {key[2] for key in roles - used}
-    assert unbound == {"cowhand-view", "cowhand-edit", "cowhand-connect"}
+    assert unbound == {"cowhand-view", "cowhand-edit", "cowhand-admin", "cowhand-connect"}

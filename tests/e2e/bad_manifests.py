@@ -10,11 +10,27 @@ Json = dict[str, Any]
 
 API = "cowhand.dev/v1alpha1"
 
+_CUSTOM: Json = {
+    "name": "search",
+    "type": "Custom",
+    "description": "Searches.",
+    "inputSchema": {"type": "object"},
+}
+
 GOOD: dict[str, Json] = {
     "Agent": {
         "model": {"id": "claude-sonnet-5", "maxTokens": 4096, "secretRef": {"name": "my-key"}},
         "system": "You fix tests.",
-        "tools": [{"name": "bash", "permission": "Ask"}, {"name": "read"}],
+        "tools": [
+            {"name": "bash", "permission": "Ask"},
+            {"name": "read"},
+            {
+                "name": "lookup",
+                "type": "Custom",
+                "description": "Looks up a ticket.",
+                "inputSchema": {"type": "object", "properties": {"id": {"type": "string"}}},
+            },
+        ],
         "hands": [{"name": "sandbox", "sandbox": {"provisioning": "Eager"}}],
     },
     "Environment": {
@@ -120,7 +136,52 @@ BAD: tuple[Bad, ...] = (
         "base-url-login", "Agent", "model.baseURL", "https://u:p@m.example", "spec.model.baseURL"
     ),
     _case("secret-name", "Agent", "model.secretRef.name", "My_Key", "spec.model.secretRef.name"),
-    _case("unknown-tool", "Agent", "tools.0.name", "browser", "spec.tools[0].name", "Unsupported"),
+    _case(
+        "unknown-tool",
+        "Agent",
+        "tools.0.name",
+        "browser",
+        "spec.tools[0].name",
+        "must be one of bash",
+        rule=True,
+    ),
+    _case(
+        "custom-tool-name-taken",
+        "Agent",
+        "tools.1",
+        {**_CUSTOM, "name": "grep"},
+        "spec.tools[1].name",
+        "choose another name",
+        rule=True,
+    ),
+    _case(
+        "custom-tool-without-schema",
+        "Agent",
+        "tools.1",
+        {"name": "search", "type": "Custom", "description": "Looks up."},
+        "spec.tools[1]",
+        "needs description and inputSchema",
+        rule=True,
+    ),
+    _case(
+        "custom-tool-permission",
+        "Agent",
+        "tools.1",
+        {**_CUSTOM, "permission": "Ask"},
+        "spec.tools[1].permission",
+        "leave permission out",
+        rule=True,
+    ),
+    _case(
+        "built-in-tool-description",
+        "Agent",
+        "tools.0.description",
+        "Mine.",
+        "spec.tools[0]",
+        "are for type Custom",
+        rule=True,
+    ),
+    _case("tool-name", "Agent", "tools.1", {**_CUSTOM, "name": "look up"}, "spec.tools[1].name"),
     _case("unknown-permission", "Agent", "tools.0.permission", "Maybe", "spec.tools[0].permission"),
     _case("tool-twice", "Agent", "tools", [{"name": "bash"}] * 2, "spec.tools[1]", "Duplicate"),
     _case(
@@ -337,6 +398,8 @@ BAD: tuple[Bad, ...] = (
         "agent.tools",
         [{"name": "browser"}],
         "spec.agent.tools[0].name",
+        "must be one of bash",
+        rule=True,
     ),
     _case("run-id", "AgentSession", "runID", "no spaces please", "spec.runID"),
     _case("session-typo", "AgentSession", "mesage", "hello", "spec.mesage", unknown=True),

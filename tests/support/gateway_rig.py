@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
 from cowhand.errors import SessionNotFound
@@ -25,10 +25,15 @@ def at(seq: int, kind: str, data: dict[str, Any]) -> Event:
     return Event(seq, kind, f"e{seq}", T0 + seq * 1000, "", payload)
 
 
-def created(permissions: dict[str, str] | None = None) -> dict[str, Any]:
+def created(
+    permissions: dict[str, str] | None = None, custom_tools: Sequence[str] = ()
+) -> dict[str, Any]:
     """Payload of `session.created`."""
-    tools = [{"name": name, "description": "", "input_schema": {}} for name in ("bash", "read")]
+    names = ("bash", *custom_tools, "read")
+    schema = {"type": "object"}
+    tools = [{"name": name, "description": "d", "input_schema": schema} for name in names]
     return {
+        **({"custom_tools": list(custom_tools)} if custom_tools else {}),
         "namespace": "default",
         "name": "fix",
         "uid": "u",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from cowhand.errors import Fenced, SessionClosed, SessionNotFound, StoreUnavailable, UserError
 from cowhand.hands.sandbox import SandboxSettings
-from cowhand.hands.toolset import ALL_TOOLS, request_base
+from cowhand.hands.toolset import ALL_TOOLS, custom_tool, request_base
 from cowhand.hands.transport import Broken, Endpoint, NotSent
 from cowhand.harness.journal import Journal
 from cowhand.harness.loop import End, LoopSettings, SessionLoop
@@ -48,8 +48,9 @@ def created(
     max_tokens: int = 1000,
     hands: bool = True,
     assembler: int = 1,
+    custom: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Data of a `session.created`."""
+    """Data of a `session.created`; `custom` are names of custom tools."""
     allowed = {**dict.fromkeys(ALL_TOOLS, "Allow"), **(permissions or {})}
     hand = {"name": "main", "kind": "sandbox", "provisioning": provisioning, "environment": {}}
     return {
@@ -58,8 +59,13 @@ def created(
         "uid": "u",
         "agent": {"name": "a", "uid": "u", "generation": 1, "hash": "h"},
         "request": request_base(
-            model="m", max_tokens=max_tokens, system="be concise", tools=allowed
+            model="m",
+            max_tokens=max_tokens,
+            system="be concise",
+            tools=allowed,
+            custom=[custom_tool(name, "for a test", {"type": "object"}) for name in custom],
         ),
+        "custom_tools": list(custom),
         "permissions": allowed,
         "hands": [hand] if hands else [],
         "resources": [],

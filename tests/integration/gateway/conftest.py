@@ -86,13 +86,17 @@ class Rig:
         async with self.http.request(method, self.url + path, headers=headers, **options) as got:
             return got.status, await got.json(content_type=None), got.headers
 
-    async def create(self, namespace="default"):
+    async def create(self, namespace="default", *, custom_tools=()):
         """A session with its first message."""
         meta = SessionMeta(SID, namespace, "fix", "u", {})
         await self.logs[namespace].create_session(
             meta,
             [
-                NewEvent(ev.SESSION_CREATED, {**created(), "namespace": namespace}, id="created"),
+                NewEvent(
+                    ev.SESSION_CREATED,
+                    {**created(custom_tools=custom_tools), "namespace": namespace},
+                    id="created",
+                ),
                 NewEvent(ev.USER_MESSAGE, user_message("Fix the tests"), id="msg:0"),
             ],
         )

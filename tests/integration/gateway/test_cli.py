@@ -101,7 +101,27 @@ async def test_until_idle_says_that_somebody_must_approve(rig, cli):
     await cli("approve", "fix")
     newest = (await rig.logs["default"].get_events(SID))[-1]
     assert (newest.type, newest.data["result"]) == ("user.tool_confirmation", "allow")
-    assert "already answered with allow" in await cli("deny", "fix", "--reason=no", code=1)
+    await cli("deny", "fix", "--reason=no")  # any deny wins, until the call runs
+    assert "already answered with deny" in await cli("deny", "fix", "--reason=never", code=1)
+
+
+async def test_answer_gives_the_result_of_a_custom_tool(rig, cli):
+    await rig.create(custom_tools=["lookup"])
+    assert "waits for the result of a custom tool" in await cli("answer", "fix", "x", code=2)
+    pending = {"tool_use_id": "toolu_1", "name": "lookup", "kind": "custom_tool"}
+    await rig.work(
+        (ev.MODEL_RESPONSE, response(tool_use("toolu_1", "lookup"))),
+        (ev.TOOL_PENDING, pending),
+        status={"pending": [pending]},
+    )
+    assert "waits for its client (`cowhand answer`): toolu_1" in await cli("events", "fix")
+    assert "no tool call of this session waits for the approval" in await cli(
+        "approve", "fix", code=2
+    )
+    await cli("answer", "fix", "no such ticket", "--error")
+    newest = (await rig.logs["default"].get_events(SID))[-1]
+    assert (newest.type, newest.data["is_error"]) == ("user.custom_tool_result", True)
+    assert newest.data["content"] == [{"type": "text", "text": "no such ticket"}]
 
 
 async def test_approve_when_nothing_or_too_much_waits(rig, cli):

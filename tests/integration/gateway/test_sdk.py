@@ -127,11 +127,52 @@ async def test_approval_by_the_event_id(rig):
     assert sent.data[0].tool_use_id == asked
     newest = (await rig.logs["default"].get_events(SID))[-1]
     assert (newest.data["tool_use_id"], newest.data["result"]) == ("toolu_1", "allow")
-    with pytest.raises(anthropic.ConflictError, match="already answered with allow"):
+    denied = {**answer, "result": "deny", "deny_message": "on second thoughts"}
+    await client.beta.sessions.events.send(SID, events=[denied])  # any deny wins, until it runs
+    with pytest.raises(anthropic.ConflictError, match="already answered with deny"):
         await client.beta.sessions.events.send(SID, events=[{**answer, "result": "deny"}])
     other = {**answer, "tool_use_id": f"sevt_{HEX}_toolu_2"}
     with pytest.raises(anthropic.BadRequestError, match=f"waiting: sevt_{HEX}_toolu_1"):
         await client.beta.sessions.events.send(SID, events=[other])
+
+
+async def test_a_custom_tool_is_answered_by_the_event_id(rig):
+    await rig.create(custom_tools=["lookup"])
+    pending = {"tool_use_id": "toolu_1", "name": "lookup", "kind": "custom_tool"}
+    await rig.work(
+        (ev.MODEL_REQUEST_START, {"horizon": 3}),
+        (ev.MODEL_RESPONSE, response(tool_use("toolu_1", "lookup", id="7"))),
+        (ev.MODEL_REQUEST_END, {"start": 4, "outcome": "ok"}),
+        (ev.TOOL_PENDING, pending),
+        (ev.STATUS_IDLE, {"stop_reason": {"type": "requires_action", "event_ids": ["toolu_1"]}}),
+        status={"pending": [pending]},
+    )
+    client = rig.sdk()
+    rows = [event async for event in client.beta.sessions.events.list(SID)]
+    (asked,) = rows[-1].stop_reason.event_ids
+    use = next(row for row in rows if row.id == asked)
+    assert (use.type, use.name, use.input) == ("agent.custom_tool_use", "lookup", {"id": "7"})
+    content = [{"type": "text", "text": "ticket 7"}]
+    answer = {"type": "user.custom_tool_result", "custom_tool_use_id": asked, "content": content}
+    sent = await client.beta.sessions.events.send(SID, events=[answer])
+    assert (sent.data[0].custom_tool_use_id, sent.data[0].processed_at) == (asked, None)
+    result = {"tool_use_id": "toolu_1", "content": content, "is_error": False}
+    await rig.work((ev.TOOL_RESULT, {**result, "kind": "custom_tool", "synthesized": False}))
+    rows = [event async for event in client.beta.sessions.events.list(SID)]
+    assert [row.type for row in rows if "result" in row.type] == ["user.custom_tool_result"]
+    assert rows[-1].processed_at is not None
+    session = await client.beta.sessions.retrieve(SID)
+    assert [tool.type for tool in session.agent.tools] == ["agent_toolset_20260401", "custom"]
+
+
+async def test_a_system_message_needs_a_right_of_its_own(rig):
+    await rig.create()
+    system = {"type": "system.message", "content": [{"type": "text", "text": "Be brief."}]}
+    with pytest.raises(anthropic.PermissionDeniedError, match="agentsessions/systemmessages"):
+        await rig.sdk().beta.sessions.events.send(SID, events=[say("hi"), system])
+    rig.kube.rights |= {("joe", "create", p, "default") for p in ("messages", "systemmessages")}
+    sent = await rig.sdk("joe-token").beta.sessions.events.send(SID, events=[say("hi"), system])
+    assert [event.type for event in sent.data] == ["user.message", "system.message"]
 
 
 async def test_interrupt(rig):

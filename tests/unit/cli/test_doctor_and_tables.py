@@ -234,11 +234,14 @@ def test_the_live_hand_of_a_session():
 
 def test_which_calls_to_answer():
     calls = [{"tool_use_id": "1", "name": "bash"}, {"tool_use_id": "2", "name": "edit"}]
-    assert waiting_calls(calls[:1], every=False) == ["1"]
-    assert waiting_calls(calls, every=True) == ["1", "2"]
+    assert waiting_calls(calls[:1], "confirmation", every=False) == ["1"]
+    assert waiting_calls(calls, "confirmation", every=True) == ["1", "2"]
     for pending in ([], calls):
         with pytest.raises(UserError):
-            waiting_calls(pending, every=False)
+            waiting_calls(pending, "confirmation", every=False)
+    custom = {"tool_use_id": "3", "name": "lookup", "kind": "custom_tool"}
+    assert waiting_calls([*calls, custom], "custom_tool", every=False) == ["3"]
+    assert waiting_calls([calls[0], custom], "confirmation", every=False) == ["1"]
 
 
 @pytest.mark.parametrize(

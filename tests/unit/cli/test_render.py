@@ -147,7 +147,7 @@ def test_takeover_and_loss_are_shown():
         "✗ hand      sandbox 2 lost: PodGone: evicted",
         "↻ again     bash in sandbox 3, attempt 2",
         "? approve?  bash waits for approval: toolu_9",
-        "? idle      waits for approval (`cowhand approve` or `deny`)",
+        "? idle      waits for an answer (`cowhand approve`, `deny` or `answer`)",
     ]
 
 

@@ -8,11 +8,13 @@ import re
 import pytest
 
 from cowhand.errors import UserError
+from cowhand.gateway.answers import check
 from cowhand.gateway.auth import Caller
 from cowhand.gateway.errors import Conflict, TooLarge
-from cowhand.gateway.messages import Ids, check_pending, compose, parse, uuid7, write
+from cowhand.gateway.incoming import parse
+from cowhand.gateway.messages import Ids, compose, uuid7, write
 from cowhand.session import events as ev
-from support.gateway_rig import HEX, SID, ListLog, at, created, user_message
+from support.gateway_rig import HEX, SID, ListLog, at, created, response, tool_use, user_message
 
 JANE = Caller("jane", groups=("dev",))
 
@@ -169,8 +171,11 @@ async def test_a_call_is_answered_once():
     await write(log, SID, compose(parse(body(confirm()), SID), JANE, ["a"]))
     await write(log, SID, compose(parse(body(confirm()), SID), Caller("joe"), ["b"]))
     assert len(log.events) == 2
-    with pytest.raises(Conflict, match="already answered with allow at position 2"):
-        await write(log, SID, compose(parse(body(confirm(result="deny")), SID), JANE, ["c"]))
+    deny = confirm(result="deny", deny_message="not on a Friday")
+    await write(log, SID, compose(parse(body(deny), SID), JANE, ["c"]))
+    assert len(log.events) == 3, "any deny wins: it stands beside the allow"
+    with pytest.raises(Conflict, match="already answered with deny at position 3"):
+        await write(log, SID, compose(parse(body(confirm(result="deny")), SID), JANE, ["d"]))
 
 
 async def test_only_a_call_that_waits_can_be_confirmed():
@@ -178,8 +183,98 @@ async def test_only_a_call_that_waits_can_be_confirmed():
     log.status = {"pending": [{"tool_use_id": "toolu_5", "name": "bash"}]}
     wanted = parse(body(confirm()), SID)
     with pytest.raises(UserError, match=rf"events\.0\.tool_use_id.*sevt_{HEX}_toolu_5"):
-        await check_pending(log, await log.get_session(SID), wanted)
+        await check(log, await log.get_session(SID), wanted)
     log.events.append(
         at(3, ev.TOOL_PENDING, {"tool_use_id": "toolu_1", "name": "bash", "permission": "Ask"})
     )
-    await check_pending(log, await log.get_session(SID), wanted)
+    await check(log, await log.get_session(SID), wanted)
+
+
+def custom(**extra):
+    return {"type": "user.custom_tool_result", "custom_tool_use_id": "toolu_1", **extra}
+
+
+SYSTEM = {"type": "system.message", "content": "The branch is frozen."}
+
+
+@pytest.mark.parametrize(
+    ("raw", "path"),
+    [
+        (body(custom(is_error="no")), "events.0.is_error:"),
+        (body(custom(content=3)), "events.0.content:"),
+        (body(custom(content=[{"type": "text", "text": ""}])), "events.0.content.0.text:"),
+        (body({"type": "user.custom_tool_result"}), "events.0.custom_tool_use_id:"),
+        (body(confirm(input_sha256="abc")), "events.0.input_sha256:"),
+        (body(SYSTEM), "events.0: a system.message must be the last"),
+        (body(text(), SYSTEM, text()), "events.1: a system.message must be the last"),
+        (body({"type": "user.interrupt"}, SYSTEM), "events.1: a system.message"),
+        (body(text(), {**SYSTEM, "content": [image()["content"][0]]}), "events.1.content.0"),
+    ],
+)
+def test_a_bad_answer_or_system_message_is_refused(raw, path):
+    with pytest.raises(UserError, match=re.escape(path)):
+        parse(raw, SID)
+
+
+def asking(*blocks, **more):
+    """A log whose newest response holds these calls; `lookup` is a custom tool."""
+    made = {**created(), "custom_tools": ["lookup"]}
+    rows = [(ev.SESSION_CREATED, made), (ev.MODEL_RESPONSE, response(*blocks))]
+    return ListLog([at(seq, kind, data) for seq, (kind, data) in enumerate(rows, start=1)])
+
+
+async def send(log, *events):
+    found = parse(body(*events), SID)
+    await check(log, await log.get_session(SID), found)
+    return await write(log, SID, compose(found, JANE, [uuid7() for _ in found]))
+
+
+async def test_a_custom_tool_is_answered_as_soon_as_its_use_is_seen_and_once():
+    log = asking(tool_use("toolu_1", "lookup", id="7"))
+    (echo,), seq = await send(log, custom(content="found"))
+    assert (echo["custom_tool_use_id"], seq) == (f"sevt_{HEX}_toolu_1", 3)
+    assert (await send(log, custom(content="found")))[1] == 3, "a repetition changes nothing"
+    with pytest.raises(Conflict, match="already answered at position 3"):
+        await send(log, custom(content="something else"))
+
+
+async def test_each_kind_of_call_has_its_kind_of_answer():
+    log = asking(tool_use("toolu_1", "lookup"), tool_use("toolu_2"), tool_use("toolu_3", "read"))
+    with pytest.raises(UserError, match=r"answer it with user\.custom_tool_result"):
+        await send(log, confirm())
+    with pytest.raises(UserError, match=r"answer it with user\.tool_confirmation"):
+        await send(log, custom(custom_tool_use_id="toolu_2"))
+    for unknown in ("toolu_3", "toolu_9"):
+        with pytest.raises(UserError, match="no call with this id waits"):
+            await send(log, custom(custom_tool_use_id=unknown))
+    assert len(log.events) == 2
+
+
+async def test_an_answer_to_a_call_that_is_over_is_a_conflict():
+    log = asking(tool_use("toolu_1", "lookup"), tool_use("toolu_2"))
+    done = {"content": "interrupted", "is_error": True, "synthesized": True}
+    log.events.append(at(3, ev.TOOL_RESULT, {"tool_use_id": "toolu_1", **done}))
+    log.events.append(at(4, ev.TOOL_STARTED, {"tool_use_id": "toolu_2"}))
+    for late in (custom(), confirm(tool_use_id="toolu_2", result="deny")):
+        with pytest.raises(Conflict, match="the call is over"):
+            await send(log, late)
+
+
+async def test_an_approval_is_for_the_arguments_that_were_shown():
+    log = asking(tool_use("toolu_1", command="ls"))
+    shown = ev.input_sha256({"command": "ls"})
+    with pytest.raises(UserError, match=rf"events\.0\.input_sha256: .*{shown}"):
+        await send(log, confirm(input_sha256=ev.input_sha256({"command": "rm -rf /"})))
+    await send(log, confirm(input_sha256=shown))
+    log = asking(tool_use("toolu_1", command="ls"))
+    log.status = {"pending": [{"tool_use_id": "toolu_1", "name": "bash", "input_sha256": shown}]}
+    with pytest.raises(UserError, match="input_sha256"):
+        await send(log, confirm(input_sha256="0" * 64))
+
+
+async def test_a_system_message_is_written_before_what_it_follows():
+    log = asking()
+    echoes, first = await send(log, text(), SYSTEM)
+    assert [echo["type"] for echo in echoes] == ["user.message", "system.message"]
+    assert [event.type for event in log.events[2:]] == [ev.SYSTEM_MESSAGE, ev.USER_MESSAGE]
+    assert first == 3

@@ -8,9 +8,8 @@ import pytest
 
 from cowhand.errors import LogIncompatible
 from cowhand.harness import decide
+from cowhand.harness.calls import CUT_CALL, INTERRUPTED, OTHER_ARGUMENTS
 from cowhand.harness.decide import (
-    CUT_CALL,
-    INTERRUPTED,
     Append,
     Park,
     Provision,
@@ -377,7 +376,9 @@ def test_a_tool_that_asks_waits_for_a_person() -> None:
     assert appended(log.do().step()) == [("idle", "requires_action")]
     assert log.do().step() == Park()
     assert log.fold().idle == {"type": "requires_action", "event_ids": ["a"]}
-    assert log.fold().status["pending"] == [{"tool_use_id": "a", "name": "bash"}]
+    (waiting,) = log.fold().status["pending"]
+    assert (waiting["tool_use_id"], waiting["kind"]) == ("a", "confirmation")
+    assert waiting["input_sha256"] == ev.input_sha256({"command": "a"})
     assert running(log.confirm("a", "allow").step()) == ["a"]
 
 
@@ -584,3 +585,156 @@ def test_an_unknown_version_of_a_known_type_is_refused(payload: bytes) -> None:
 def test_another_assembler_is_refused() -> None:
     with pytest.raises(LogIncompatible, match="assembler 2"):
         Log(assembler=2).fold()
+
+
+# Answers from outside: custom tools, approvals, system messages.
+
+
+def custom_log(*uses: dict[str, Any]) -> Log:
+    """A log of an agent with the custom tool `lookup`, whose newest response holds these calls."""
+    return Log(custom=["lookup"]).say().tools(*uses)
+
+
+def custom_answer(log: Log, use_id: str, content: str, **more: Any) -> Log:
+    data = {
+        "custom_tool_use_id": use_id, "content": [text(content)], "is_error": False, **more, **ACTOR,
+    }  # fmt: skip
+    return log.put(NewEvent(ev.USER_CUSTOM_TOOL_RESULT, data, id=f"result:{use_id}"))
+
+
+def stop(step: decide.Step) -> Any:
+    assert isinstance(step, Append)
+    (event,) = step.events
+    return event.data["stop_reason"]
+
+
+def test_custom_tools_wait_for_their_client_and_partial_answers_leave_the_rest() -> None:
+    log = custom_log(tool_use("t1", "lookup"), tool_use("t2", "lookup"))
+    asked = log.step()
+    assert isinstance(asked, Append)
+    assert [event.data["kind"] for event in asked.events] == ["custom_tool"] * 2
+    log.do()
+    assert stop(log.step()) == {"type": "requires_action", "event_ids": ["t1", "t2"]}
+    log.do()
+    assert log.step() == Park()
+    custom_answer(log, "t2", "two")
+    log.do()
+    assert stop(log.step()) == {"type": "requires_action", "event_ids": ["t1"]}
+    log.do()
+    assert log.step() == Park()
+    custom_answer(log, "t1", "one", is_error=True)
+    log.do()
+    assert isinstance(log.step(), SendRequest)
+    last = log.fold().prompt(99)[-1]
+    assert [block.raw.count(b'"is_error":true') for block in last.blocks] == [1, 0]
+    assert b'"content":[{"type":"text","text":"one"}]' in last.blocks[0].raw
+
+
+def test_a_custom_tool_holds_back_no_other_call() -> None:
+    log = custom_log(tool_use("t1", "lookup"), tool_use("t2"))
+    log.do()
+    step = log.step()
+    assert isinstance(step, RunTools)
+    assert [call.use.id for call in step.calls] == ["t2"]
+
+
+def test_an_answer_before_the_question_is_not_lost() -> None:
+    log = custom_log(tool_use("t1", "lookup"))
+    custom_answer(log, "t1", "early")
+    log.do()
+    assert isinstance(log.step(), SendRequest)
+    log = Log(permissions={"bash": "Ask"}).say().tools(tool_use("t1")).confirm("t1", "allow")
+    assert isinstance(log.step(), RunTools)
+
+
+def test_the_first_answer_of_a_custom_tool_counts() -> None:
+    log = custom_answer(
+        custom_answer(custom_log(tool_use("t1", "lookup")), "t1", "one"), "t1", "two"
+    )
+    log.do()
+    assert b"one" in log.fold().results["t1"].raw
+
+
+def test_an_interrupted_custom_tool_takes_no_late_answer() -> None:
+    log = custom_log(tool_use("t1", "lookup")).do().do().interrupt()
+    log.do()
+    custom_answer(log, "t1", "late")
+    assert log.step() == Park()
+    assert b"interrupted" in log.fold().results["t1"].raw
+
+
+@pytest.mark.parametrize("order", [("allow", "deny"), ("deny", "allow")])
+def test_any_deny_wins(order: tuple[str, str]) -> None:
+    log = Log(permissions={"bash": "Ask"}).say().tools(tool_use("t1"))
+    for result in order:
+        log.confirm("t1", result)
+    assert appended(log.step())[0][0] == "result"
+
+
+def test_a_call_that_runs_is_not_denied_any_more() -> None:
+    log = Log(permissions={"bash": "Ask"}).say().tools(tool_use("t1")).do().confirm("t1", "allow")
+    log.started("t1").confirm("t1", "deny")
+    assert isinstance(log.step(), RunTools)
+
+
+@pytest.mark.parametrize("verdict", ["maybe", "Allow", ""])
+def test_an_unknown_verdict_is_a_deny(verdict: str) -> None:
+    log = Log(permissions={"bash": "Ask"}).say().tools(tool_use("t1")).do().confirm("t1", verdict)
+    assert appended(log.step())[0][0] == "result"
+
+
+def test_an_approval_of_other_arguments_does_not_count() -> None:
+    log = Log(permissions={"bash": "Ask"}).say().tools(tool_use("t1", command="ls")).do()
+    wrong = ev.input_sha256({"command": "rm -rf /"})
+    step = log.confirm("t1", "allow", input_sha256=wrong).step()
+    assert isinstance(step, Append)
+    assert step.events[0].data["content"] == OTHER_ARGUMENTS
+    log = Log(permissions={"bash": "Ask"}).say().tools(tool_use("t1", command="ls")).do()
+    right = ev.input_sha256({"command": "ls"})
+    assert isinstance(log.confirm("t1", "allow", input_sha256=right).step(), RunTools)
+
+
+def test_the_digest_does_not_depend_on_the_order_of_keys() -> None:
+    assert ev.input_sha256({"a": 1, "b": {"c": 2, "d": 3}}) == ev.input_sha256(
+        {"b": {"d": 3, "c": 2}, "a": 1}
+    )
+
+
+def system(log: Log, said: str) -> Log:
+    return log.put(NewEvent(ev.SYSTEM_MESSAGE, {"content": [text(said)], **ACTOR}, id=said))
+
+
+def roles(log: Log) -> list[str]:
+    return [message.role for message in log.fold().prompt(99)]
+
+
+def test_a_system_message_comes_behind_the_newest_user_message() -> None:
+    log = system(Log().say(), "frozen")
+    assert roles(log) == ["user", "system"]
+    log.answer(text("hi"))
+    assert roles(log.say()) == ["user", "system", "assistant", "user"]
+
+
+def test_a_system_message_alone_starts_nothing_and_waits_for_the_next_user_message() -> None:
+    log = system(Log().say().answer(text("hi")).do(), "frozen")
+    assert log.step() == Park()
+    assert roles(log) == ["user", "assistant"]
+    assert roles(log.say()) == ["user", "assistant", "user", "system"]
+
+
+def test_a_system_message_in_mid_turn_follows_the_tool_results() -> None:
+    log = Log().say().tools(tool_use("t1")).started("t1")
+    system(log, "frozen").result("t1")
+    assert roles(log) == ["user", "assistant", "user", "system"]
+
+
+def test_a_system_message_without_an_answer_moves_behind_the_next_user_message() -> None:
+    log = system(Log().say(), "frozen").fail("invalid_request_error").do()
+    assert roles(log.say("again")) == ["user", "user", "system"]
+    log.start()
+    assert roles(log.end("lost")) == ["user", "user", "system"]
+
+
+def test_a_refused_turn_does_not_take_a_system_message_with_it() -> None:
+    log = system(Log().say(), "frozen").answer(stop_reason="refusal").do()
+    assert roles(log.say("again")) == ["user", "system"]

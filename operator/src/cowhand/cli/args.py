@@ -146,6 +146,20 @@ def _people(commands: Any, shared: argparse.ArgumentParser) -> None:
     send.add_argument("session", metavar="SESSION")
     send.add_argument("text", metavar="TEXT", help="the message (- for standard input)")
     send.add_argument("--interrupt", action="store_true", help="instead of what runs now")
+    send.add_argument(
+        "--system",
+        default="",
+        metavar="TEXT",
+        help="a system message with it (needs its own right)",
+    )
+
+    result = command("answer", "answer", "answer a call of a custom tool")
+    result.add_argument("session", metavar="SESSION")
+    result.add_argument("text", metavar="TEXT", help="the result (- for standard input)")
+    result.add_argument(
+        "--call", default="", metavar="TOOL_USE_ID", help="which call, if several wait"
+    )
+    result.add_argument("--error", action="store_true", help="the tool failed: TEXT says why")
 
     stop = command("interrupt", "interrupt", "end the running turn of a session")
     stop.add_argument("session", metavar="SESSION")

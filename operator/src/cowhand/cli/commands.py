@@ -141,8 +141,11 @@ def send(args: argparse.Namespace) -> int:
     text = sys.stdin.read() if args.text == "-" else args.text
     message = {"type": "user.message", "content": [{"type": "text", "text": text}]}
     first = [{"type": "user.interrupt"}] if args.interrupt else []
-    found = _send(args, *first, message)
-    print(f"sent {found['data'][-1]['id']}", file=sys.stderr)
+    last: list[Json] = []
+    if args.system:
+        last = [{"type": "system.message", "content": [{"type": "text", "text": args.system}]}]
+    found = _send(args, *first, message, *last)
+    print(f"sent {found['data'][len(first)]['id']}", file=sys.stderr)
     return 0
 
 
@@ -167,16 +170,16 @@ def _confirm(args: argparse.Namespace, result: str, reason: str) -> int:
     to = connection.target(args)
     identity = session_id(to, args.session)
     with connection.connect(to) as client:
-        calls = [args.tool_use_id] if args.tool_use_id else []
-        if not calls:
-            session = client.call("GET", f"/v1/sessions/{identity}")
-            calls = waiting_calls(session["cowhand"]["pending"], every=args.all)
+        named = [args.tool_use_id] if args.tool_use_id else []
+        pending = _pending(client, identity, needed=not named)
+        calls = named or waiting_calls(pending, "confirmation", every=args.all)
         answers = [
             {
                 "type": "user.tool_confirmation",
                 "tool_use_id": call,
                 "result": result,
                 **({"deny_message": reason} if reason else {}),
+                **_digest(pending, call),
             }
             for call in calls
         ]
@@ -186,14 +189,66 @@ def _confirm(args: argparse.Namespace, result: str, reason: str) -> int:
     return 0
 
 
-def waiting_calls(pending: list[Json], *, every: bool) -> list[str]:
-    """The calls to answer when the user named none. Raises UserError unless the choice is clear."""
-    ids = [str(call["tool_use_id"]) for call in pending]
+def _pending(client: Any, identity: str, *, needed: bool) -> list[Json]:
+    """The calls that wait; whoever may approve but not read answers by id, without them."""
+    try:
+        session = client.call("GET", f"/v1/sessions/{identity}")
+    except CowhandError:
+        if needed:
+            raise
+        return []
+    waiting: list[Json] = session["cowhand"]["pending"]
+    return waiting
+
+
+def _digest(pending: list[Json], call: str) -> Json:
+    """The digest of the arguments as they stand in the log: an approval is for these only."""
+    for waiting in pending:
+        name = str(waiting["tool_use_id"])
+        if waiting.get("input_sha256") and (name == call or name.endswith(f"_{call}")):
+            return {"input_sha256": waiting["input_sha256"]}
+    return {}
+
+
+def answer(args: argparse.Namespace) -> int:
+    """`cowhand answer`: the result of a custom tool."""
+    text = sys.stdin.read() if args.text == "-" else args.text
+    to = connection.target(args)
+    identity = session_id(to, args.session)
+    with connection.connect(to) as client:
+        call = args.call
+        if not call:
+            pending = client.call("GET", f"/v1/sessions/{identity}")["cowhand"]["pending"]
+            (call,) = waiting_calls(pending, "custom_tool", every=False)
+        result = {
+            "type": "user.custom_tool_result",
+            "custom_tool_use_id": call,
+            "content": [{"type": "text", "text": text}] if text.strip() else [],
+            "is_error": args.error,
+        }
+        client.call("POST", f"/v1/sessions/{identity}/events", body={"events": [result]})
+    print(f"answered {call}", file=sys.stderr)
+    return 0
+
+
+def waiting_calls(pending: list[Json], kind: str, *, every: bool) -> list[str]:
+    """The calls to answer when the user named none. Raises UserError unless the choice is clear.
+
+    Args:
+        pending: as in the session object.
+        kind: `confirmation` or `custom_tool`.
+        every: several at once will do.
+    """
+    mine = [call for call in pending if call.get("kind", "confirmation") == kind]
+    ids = [str(call["tool_use_id"]) for call in mine]
+    custom = kind == "custom_tool"
     if not ids:
-        raise UserError("no tool call of this session waits for approval")
+        what = "result of a custom tool" if custom else "approval"
+        raise UserError(f"no tool call of this session waits for the {what}")
     if len(ids) > 1 and not every:
-        rows = "\n".join(f"  {call['tool_use_id']}  {call['name']}" for call in pending)
-        raise UserError(f"{len(ids)} calls wait: name one, or answer them all with --all\n{rows}")
+        rows = "\n".join(f"  {call['tool_use_id']}  {call['name']}" for call in mine)
+        how = "with --call" if custom else "or answer them all with --all"
+        raise UserError(f"{len(ids)} calls wait: name one {how}\n{rows}")
     return ids
 
 

@@ -239,6 +239,9 @@ def _pending(_: Data, data: Data, __: Style) -> list[Entry]:
     name, call = safe(str(data.get("name"))), safe(str(data.get("tool_use_id")))
     if data.get("permission") == "Deny":
         return [Entry("✗", "denied", f"{name} is not allowed for this agent", YELLOW)]
+    if data.get("kind") == "custom_tool":
+        text = f"{name} waits for its client (`cowhand answer`): {call}"
+        return [Entry("?", "answer?", text, f"{BOLD};{YELLOW}")]
     return [Entry("?", "approve?", f"{name} waits for approval: {call}", f"{BOLD};{YELLOW}")]
 
 
@@ -289,6 +292,18 @@ def _confirmation(_: Data, data: Data, __: Style) -> list[Entry]:
     return [Entry(symbol, label, text.replace("\n", " "), GREEN if allowed else YELLOW)]
 
 
+def _custom_result(_: Data, data: Data, __: Style) -> list[Entry]:
+    failed = bool(data.get("is_error"))
+    text = f"{_actor(data)} answers {data.get('custom_tool_use_id')}{' with an error' if failed else ''}"
+    return [Entry("✗" if failed else "✓", "answered", safe(text), RED if failed else GREEN)]
+
+
+def _system(_: Data, data: Data, style: Style) -> list[Entry]:
+    said = "\n".join(str(block.get("text", "")) for block in data.get("content") or ())
+    who = f"{_actor(data)}: " if _actor(data) else ""
+    return [Entry("▶", "system", who + "\n".join(fold(said, style, keep=12)), f"{BOLD};{MAGENTA}")]
+
+
 def _exec(_: Data, data: Data, __: Style) -> list[Entry]:
     if "exit_code" in data:
         return [Entry("⌨", "exec", f"exit {data['exit_code']}", YELLOW, quiet=True)]
@@ -298,7 +313,7 @@ def _exec(_: Data, data: Data, __: Style) -> list[Entry]:
 
 _ENDS: Final = {
     "end_turn": ("■", GREEN, "turn complete"),
-    "requires_action": ("?", YELLOW, "waits for approval (`cowhand approve` or `deny`)"),
+    "requires_action": ("?", YELLOW, "waits for an answer (`cowhand approve`, `deny` or `answer`)"),
     "retries_exhausted": ("✗", RED, "gave up after retries"),
     "budget_reached": ("✗", YELLOW, "budget reached"),
     "refusal": ("✗", YELLOW, "the model refused"),
@@ -341,6 +356,8 @@ _BUILDERS: Final[Mapping[str, Callable[[Data, Data, Style], list[Entry]]]] = {
     "user.message": _message,
     "user.interrupt": _plain("■", "interrupt", "interrupt asked for", YELLOW),
     "user.tool_confirmation": _confirmation,
+    "user.custom_tool_result": _custom_result,
+    "system.message": _system,
     "session.wake": _wake,
     "session.status_running": _plain("·", "running", "", DIM, quiet=True),
     "session.status_idle": _idle,

@@ -206,7 +206,14 @@ def _created(
 ) -> dict[str, Any]:
     """The payload of session.created (docs/interfaces.md section 3)."""
     meta, spec = session.metadata, session.spec
-    permissions: dict[str, str] = {tool.name: tool.permission for tool in agent.tools}
+    permissions: dict[str, str] = {
+        tool.name: tool.permission for tool in agent.tools if tool.type == "BuiltIn"
+    }
+    custom = [
+        toolset.custom_tool(tool.name, tool.description or "", tool.input_schema or {})
+        for tool in agent.tools
+        if tool.type == "Custom"
+    ]
     body: dict[str, Any] = {
         "namespace": meta.namespace,
         "name": meta.name,
@@ -217,6 +224,7 @@ def _created(
             max_tokens=agent.model.max_tokens,
             system=agent.system,
             tools=permissions,
+            custom=custom,
         ),
         "permissions": dict(permissions),
         "hands": [_hand(session, hand, found, defaults) for hand in agent.hands],
@@ -224,6 +232,8 @@ def _created(
         "budget": wanted_budget(spec),
         "assembler": ASSEMBLER,
     }
+    if custom:
+        body["custom_tools"] = [tool["name"] for tool in custom]
     if spec.title:
         body["title"] = spec.title
     return body

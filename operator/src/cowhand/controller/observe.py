@@ -33,7 +33,9 @@ S = TypeVar("S", AgentSessionStatus, SandboxStatus)
 TAIL: Final = 32
 """Events that are read to see whether input waits."""
 
-_INPUT: Final = frozenset({events.USER_MESSAGE, events.USER_TOOL_CONFIRMATION})
+_INPUT: Final = frozenset(
+    {events.USER_MESSAGE, events.USER_TOOL_CONFIRMATION, events.USER_CUSTOM_TOOL_RESULT}
+)
 _LABEL: Final = "cowhand.dev/session-id"
 
 

@@ -20,9 +20,9 @@ from aiohttp import web
 
 from cowhand import __version__
 from cowhand.errors import CowhandError, LogIncompatible, SessionNotFound
+from cowhand.gateway import answers, incoming, messages, paging
 from cowhand.gateway import exec as sandbox_exec
 from cowhand.gateway import log as rawlog
-from cowhand.gateway import messages, paging
 from cowhand.gateway.auth import Authority, Caller, Clock, Expiring, Right
 from cowhand.gateway.broker import Broker
 from cowhand.gateway.errors import Conflict, Forbidden, NotFound, answer, envelope
@@ -241,6 +241,12 @@ async def _found(gateway: Gateway, session_id: str, named: str) -> list[SessionS
 
 READ: Final = ("get", "events")
 
+_SUBRESOURCE: Final = {
+    ev.USER_TOOL_CONFIRMATION: "approvals",
+    ev.SYSTEM_MESSAGE: "systemmessages",
+}
+"""What a caller must be allowed to create to send an event; everything else is `messages`."""
+
 
 async def healthz(request: web.Request) -> web.Response:
     """200 while the process serves; says whether store and broker answer (`cowhand doctor`)."""
@@ -296,16 +302,15 @@ async def send_events(request: web.Request) -> web.Response:
     await _caller(request)  # before the body is read: strangers do not make us parse a megabyte
     session_id = request.match_info["id"]
     body = await request.read()
-    incoming = messages.parse(body, session_id)
-    confirming = {item.type == ev.USER_TOOL_CONFIRMATION for item in incoming}
-    rights = [("create", "approvals" if confirms else "messages") for confirms in confirming]
-    target = await _target(request, *rights)
-    await messages.check_pending(target.log, target.state, incoming)
+    sent = incoming.parse(body, session_id)
+    parts = {_SUBRESOURCE.get(item.type, "messages") for item in sent}
+    target = await _target(request, *(("create", part) for part in sorted(parts)))
+    await answers.check(target.log, target.state, sent)
     retry = request.headers.get("x-stainless-retry-count", "0")
     ids = gateway.ids.of(
-        target.caller, session_id, body, len(incoming), int(retry) if retry.isdecimal() else 0
+        target.caller, session_id, body, len(sent), int(retry) if retry.isdecimal() else 0
     )
-    events = messages.compose(incoming, target.caller, ids)
+    events = messages.compose(sent, target.caller, ids)
     echoes, first = await messages.write(target.log, session_id, events)
     if not gateway.streams.get(session_id):
         gateway.unseen.put(session_id, first, UNSEEN_TTL_S)

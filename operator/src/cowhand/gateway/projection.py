@@ -62,6 +62,17 @@ _STOP_REASONS: Final = frozenset(
     {"end_turn", "requires_action", "retries_exhausted", "budget_reached", "refusal"}
 )
 
+_TAKEN_UP: Final = frozenset(
+    {
+        ev.USER_MESSAGE,
+        ev.USER_INTERRUPT,
+        ev.USER_TOOL_CONFIRMATION,
+        ev.USER_CUSTOM_TOOL_RESULT,
+        ev.SYSTEM_MESSAGE,
+    }
+)
+"""Client events, whose `processed_at` is null until the harness acts on them."""
+
 _EVALUATION: Final = {"allow": "always_allow", "ask": "always_ask"}
 
 
@@ -93,6 +104,7 @@ class Context:
         session_id: the session.
         permissions: tool -> `Allow`, `Ask` or `Deny`, of `session.created`.
         tools: names of the tools that the model knows; None before `session.created` was seen.
+        custom: names of the tools that the client answers.
         usage: position of `span.model_request_start` -> token counts.
         processed: position of a user event -> when it was taken up, milliseconds.
     """
@@ -100,6 +112,7 @@ class Context:
     session_id: str
     permissions: Mapping[str, str] = field(default_factory=dict)
     tools: frozenset[str] | None = None
+    custom: frozenset[str] = frozenset()
     usage: dict[int, Mapping[str, int]] = field(default_factory=dict)
     processed: dict[int, int] = field(default_factory=dict)
     _waiting: dict[int, Event] = field(default_factory=dict)
@@ -118,12 +131,13 @@ class Context:
             self.permissions = event.data.get("permissions") or {}
             request = event.data.get("request") or {}
             self.tools = frozenset(tool.get("name", "") for tool in request.get("tools") or ())
+            self.custom = frozenset(event.data.get("custom_tools") or ())
         elif event.type == ev.MODEL_REQUEST_START:
             self._open_start = event.seq
         elif event.type == ev.MODEL_RESPONSE:
             message = event.data.get("message") or {}
             self.usage[self._open_start] = message.get("usage") or {}
-        elif event.type in (ev.USER_MESSAGE, ev.USER_INTERRUPT, ev.USER_TOOL_CONFIRMATION):
+        elif event.type in _TAKEN_UP:
             self._waiting[event.seq] = event
             return []
         taken = [waiting for waiting in self._waiting.values() if _takes_up(event, waiting)]
@@ -139,7 +153,7 @@ class Context:
 
 def _takes_up(event: Event, waiting: Event) -> bool:
     """Whether `event` shows that the harness has acted on the user event `waiting`."""
-    if waiting.type == ev.USER_MESSAGE:
+    if waiting.type in (ev.USER_MESSAGE, ev.SYSTEM_MESSAGE):
         horizon = (
             event.data.get("horizon", event.seq) if event.type == ev.MODEL_REQUEST_START else 0
         )
@@ -151,9 +165,8 @@ def _takes_up(event: Event, waiting: Event) -> bool:
             ev.TOOL_RESULT,
             ev.STATUS_IDLE,
         )
-    return event.type in (ev.TOOL_STARTED, ev.TOOL_RESULT) and event.data.get(
-        "tool_use_id"
-    ) == waiting.data.get("tool_use_id")
+    call = waiting.data.get("tool_use_id") or waiting.data.get("custom_tool_use_id")
+    return event.type in (ev.TOOL_STARTED, ev.TOOL_RESULT) and event.data.get("tool_use_id") == call
 
 
 def project(event: Event, context: Context) -> list[Public]:
@@ -184,13 +197,18 @@ def _user(event: Event, context: Context) -> list[Public]:
     taken = context.processed.get(event.seq)
     out["processed_at"] = rfc3339(taken) if taken else None
     data = event.data
-    if event.type == ev.USER_MESSAGE:
+    if event.type in (ev.USER_MESSAGE, ev.SYSTEM_MESSAGE):
         out["content"] = data.get("content") or []
     elif event.type == ev.USER_TOOL_CONFIRMATION:
         out["tool_use_id"] = tool_use_event_id(context.session_id, data["tool_use_id"])
         out["result"] = data["result"]
         if data.get("deny_message"):
             out["deny_message"] = data["deny_message"]
+    elif event.type == ev.USER_CUSTOM_TOOL_RESULT:
+        call = tool_use_event_id(context.session_id, data["custom_tool_use_id"])
+        out["custom_tool_use_id"] = call
+        out["content"] = data.get("content") or []
+        out["is_error"] = bool(data.get("is_error"))
     return [out]
 
 
@@ -216,11 +234,15 @@ def _response(event: Event, context: Context) -> list[Public]:
 
 def _tool_use(event: Event, context: Context, block: Mapping[str, Any]) -> Public:
     name = block["name"]
+    base = _base(event, context)
+    base["id"] = tool_use_event_id(context.session_id, block["id"])
+    if name in context.custom:
+        arguments = block.get("input") or {}
+        return {**base, "type": "agent.custom_tool_use", "name": name, "input": arguments}
     known = context.tools is None or name in context.tools
     permission = context.permissions.get(name, "Allow").lower() if known else "deny"
     out = {
-        **_base(event, context),
-        "id": tool_use_event_id(context.session_id, block["id"]),
+        **base,
         "type": "agent.tool_use",
         "name": name,
         "input": block.get("input") or {},
@@ -233,6 +255,8 @@ def _tool_use(event: Event, context: Context, block: Mapping[str, Any]) -> Publi
 
 def _tool_result(event: Event, context: Context) -> list[Public]:
     data = event.data
+    if data.get("kind") == ev.CUSTOM_TOOL:
+        return []  # the client's own user.custom_tool_result is the public event
     content = data.get("content")
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return [
@@ -310,6 +334,8 @@ _BUILDERS: Final[Mapping[str, Callable[[Event, Context], list[Public]]]] = {
     ev.USER_MESSAGE: _user,
     ev.USER_INTERRUPT: _user,
     ev.USER_TOOL_CONFIRMATION: _user,
+    ev.USER_CUSTOM_TOOL_RESULT: _user,
+    ev.SYSTEM_MESSAGE: _user,
     ev.MODEL_REQUEST_START: _bare,
     ev.MODEL_RESPONSE: _response,
     ev.MODEL_REQUEST_END: _request_end,

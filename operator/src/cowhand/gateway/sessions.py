@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from cowhand.gateway.projection import rfc3339, stop_reason, tool_use_event_id
-from cowhand.session.events import Event
+from cowhand.session.events import CONFIRMATION, Event
 from cowhand.session.log import SessionState
 
 _STATUS: Final = {"closed": "terminated"}
@@ -59,6 +59,7 @@ def session_object(state: SessionState, created: Event, newest: Event) -> dict[s
 def _agent(data: Mapping[str, Any]) -> dict[str, Any]:
     agent = data.get("agent") or {}
     request = data.get("request") or {}
+    custom = frozenset(data.get("custom_tools") or ())
     system = "\n\n".join(block.get("text", "") for block in request.get("system") or ())
     return {
         "id": str(agent.get("uid") or agent.get("name") or "inline"),
@@ -68,7 +69,14 @@ def _agent(data: Mapping[str, Any]) -> dict[str, Any]:
         "description": None,
         "system": system or None,
         "model": {"id": str(request.get("model") or "")},
-        "tools": [_toolset(request, data.get("permissions") or {})],
+        "tools": [
+            _toolset(request, data.get("permissions") or {}, custom),
+            *(
+                {"type": "custom", **tool}
+                for tool in request.get("tools") or ()
+                if tool["name"] in custom
+            ),
+        ],
         "mcp_servers": [],
         "skills": [],
         "execution_identity": {"type": "service_account"},
@@ -76,8 +84,10 @@ def _agent(data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _toolset(request: Mapping[str, Any], permissions: Mapping[str, str]) -> dict[str, Any]:
-    names = [tool["name"] for tool in request.get("tools") or ()]
+def _toolset(
+    request: Mapping[str, Any], permissions: Mapping[str, str], custom: Collection[str]
+) -> dict[str, Any]:
+    names = [tool["name"] for tool in request.get("tools") or () if tool["name"] not in custom]
     return {
         "type": "agent_toolset_20260401",
         "default_config": {"enabled": False, "permission_policy": {"type": "always_allow"}},
@@ -110,6 +120,8 @@ def _extension(state: SessionState) -> dict[str, Any]:
             {
                 "tool_use_id": tool_use_event_id(session_id, call["tool_use_id"]),
                 "name": call["name"],
+                "kind": call.get("kind", CONFIRMATION),
+                "input_sha256": call.get("input_sha256", ""),
             }
             for call in status.get("pending") or ()
         ],

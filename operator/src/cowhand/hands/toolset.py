@@ -6,7 +6,7 @@ The operator calls `request_base` once, when it freezes the agent of a session; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Final, Literal
 
@@ -132,8 +132,28 @@ def tool_class(name: str) -> ToolClass:
     return _CLASSES.get(name, "effect")
 
 
+def custom_tool(name: str, description: str, input_schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The definition of a custom tool, as Claude sees it.
+
+    Raises:
+        UserError: the schema is not one of an object.
+    """
+    if input_schema.get("type") != "object":
+        raise UserError(
+            f'inputSchema of custom tool {name} must have type "object": the Messages API takes no '
+            "other input",
+            field=f"tools.{name}",
+        )
+    return {"name": name, "description": description, "input_schema": dict(input_schema)}
+
+
 def request_base(
-    *, model: str, max_tokens: int, system: str | None, tools: Mapping[str, str]
+    *,
+    model: str,
+    max_tokens: int,
+    system: str | None,
+    tools: Mapping[str, str],
+    custom: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The frozen part of each Messages request of a session (`session.created`, field `request`).
 
@@ -143,6 +163,7 @@ def request_base(
         system: system prompt; None or empty leaves `system` out.
         tools: tool name -> `Allow`, `Ask` or `Deny`. Denied tools are left out, so Claude does not
             know them.
+        custom: definitions of custom tools (`custom_tool`).
 
     Returns:
         `{"model","max_tokens","system"?:[text block],"tools"?:[definitions, sorted by name]}`; equal
@@ -169,6 +190,7 @@ def request_base(
     if system:
         base["system"] = [{"type": "text", "text": system}]
     offered = [tool for tool in _DEFINITIONS if tools.get(tool["name"], "Deny") != "Deny"]
-    if offered:
-        base["tools"] = deepcopy(offered)
+    every = sorted([*offered, *custom], key=lambda tool: str(tool["name"]))
+    if every:
+        base["tools"] = deepcopy(every)
     return base

@@ -6,12 +6,12 @@ a new worker that finds the same log takes the same step. Nothing here waits, re
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from cowhand.hands.toolset import ToolClass, tool_class
-from cowhand.harness.fold import Conversation, Decision, ToolUse
+from cowhand.harness.calls import INTERRUPTED, ToolCall, plan_open, synthesized
+from cowhand.harness.fold import Conversation
 from cowhand.harness.status import total_tokens
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
@@ -42,14 +42,9 @@ RETRYABLE: Final = frozenset(
 )
 """Types of model errors that another attempt may cure; every other type ends the turn at once."""
 
-INTERRUPTED: Final = "Tool execution was interrupted before completion. Please retry."
 FORKED: Final = (
     "This session was forked while the call was open: its result stayed in the other session, and so did "
     "the sandbox with its files. The next tool call starts a new, empty sandbox."
-)
-CUT_CALL: Final = (
-    "The output limit (max_tokens) cut this call off before its input was complete, so it did not "
-    "run. Make the input smaller, for example by writing a file in several steps."
 )
 
 
@@ -86,15 +81,6 @@ class SendRequest:
 
 
 @dataclass(frozen=True)
-class ToolCall:
-    """One tool call that may run now."""
-
-    use: ToolUse
-    hand: str
-    klass: ToolClass
-
-
-@dataclass(frozen=True)
 class RunTools:
     """Run these calls at the same time; the newest state decides what follows."""
 
@@ -114,21 +100,6 @@ class Stop:
 Step = Append | Provision | SendRequest | RunTools | Park | Stop
 
 
-@dataclass(frozen=True)
-class ToolPlan:
-    """What happens to open tool calls.
-
-    Attributes:
-        events: results of refused calls and questions to ask, to be appended.
-        run: calls that may run now, at the same time.
-        blocked: ids of calls that wait for a person, if nothing can run before them.
-    """
-
-    events: tuple[NewEvent, ...]
-    run: tuple[ToolCall, ...]
-    blocked: tuple[str, ...]
-
-
 def backoff(failures: int, retry_after: float | None) -> tuple[float, float]:
     """Range of seconds to wait after so many failures in a row (full jitter); `retry-after` is a floor."""
     if failures < 1:
@@ -136,14 +107,6 @@ def backoff(failures: int, retry_after: float | None) -> tuple[float, float]:
     top = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** (failures - 1))
     floor = min(RETRY_AFTER_CAP_S, retry_after or 0.0)
     return floor, floor + top
-
-
-def synthesized(use: ToolUse, text: str) -> NewEvent:
-    """The error result of a call that Cowhand itself answers."""
-    return NewEvent(
-        ev.TOOL_RESULT,
-        {"tool_use_id": use.id, "content": text, "is_error": True, "synthesized": True},
-    )
 
 
 def idle(reason: str, event_ids: Sequence[str] = ()) -> NewEvent:
@@ -180,84 +143,8 @@ def _give_up(
 # Tools.
 
 
-def sandbox_hand(created: Mapping[str, Any]) -> str | None:
-    """The hand that answers the built-in tools: the first sandbox of the agent."""
-    for hand in created.get("hands") or []:
-        if hand.get("kind", "sandbox") == "sandbox":
-            return str(hand["name"])
-    return None
-
-
-def _refusal(
-    created: Mapping[str, Any], use: ToolUse, permission: str, decision: Decision | None
-) -> str | None:
-    """Why this call gets an error instead of running, None if it may run or has to wait."""
-    offered = {tool.get("name") for tool in created["request"].get("tools") or []}
-    if use.cut:
-        return CUT_CALL
-    if use.name not in offered or permission == "Deny":
-        names = ", ".join(sorted(str(name) for name in offered)) or "none"
-        return f"There is no tool {use.name!r} here, or it is denied. Available tools: {names}."
-    if decision is not None and permission != "Allow" and not decision.allow:
-        return decision.message or "The user denied this tool call."
-    if sandbox_hand(created) is None:
-        return "This agent has no sandbox, so the tool cannot run."
-    return None
-
-
-def _permission(created: Mapping[str, Any], name: str) -> str:
-    """Allow, Ask or Deny; a tool without a permission is denied, an unknown permission asks."""
-    permission = (created.get("permissions") or {}).get(name, "Deny")
-    return permission if permission in ("Allow", "Deny") else "Ask"
-
-
-def plan_tools(
-    created: Mapping[str, Any],
-    uses: Sequence[ToolUse],
-    *,
-    resolved: Collection[str] = (),
-    asked: Collection[str] = (),
-    decisions: Mapping[str, Decision] | None = None,
-) -> ToolPlan:
-    """Sort open tool calls into refused, asking and runnable.
-
-    Calls run in the order of their blocks: all at once if every one that may run is pure, otherwise
-    the first alone. A call that waits for a person holds back those after it.
-    """
-    decisions = decisions or {}
-    events: list[NewEvent] = []
-    runnable: list[ToolCall] = []
-    blocked: list[str] = []
-    for use in uses:
-        if use.id in resolved:
-            continue
-        permission, decision = _permission(created, use.name), decisions.get(use.id)
-        refusal = _refusal(created, use, permission, decision)
-        if refusal is not None:
-            events.append(synthesized(use, refusal))
-        elif permission == "Ask" and decision is None:
-            blocked.append(use.id)
-            if use.id not in asked:
-                pending = {"tool_use_id": use.id, "name": use.name, "permission": "Ask"}
-                events.append(NewEvent(ev.TOOL_PENDING, pending))
-        elif not blocked:
-            hand = sandbox_hand(created)
-            assert hand is not None, "checked in _refusal"
-            runnable.append(ToolCall(use, hand, tool_class(use.name)))
-    parallel = all(call.klass == "pure" for call in runnable)
-    run = tuple(runnable if parallel else runnable[:1])
-    return ToolPlan(tuple(events), run, () if run else tuple(blocked))
-
-
 def _tools_step(conversation: Conversation) -> Step:
-    assert conversation.created is not None, "tool calls come after session.created"
-    plan = plan_tools(
-        conversation.created,
-        conversation.uses,
-        resolved=conversation.results,
-        asked=conversation.asked,
-        decisions=conversation.decisions,
-    )
+    plan = plan_open(conversation)
     if plan.events:
         return Append(plan.events)
     if plan.run:

@@ -7,7 +7,7 @@ state, and so send the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -36,28 +36,44 @@ class ToolUse:
 
     Attributes:
         cut: the output limit ended the response inside this block: its input is not complete.
+        custom: a custom tool: the client answers it.
     """
 
     id: str
     name: str
     input: Mapping[str, Any]
     cut: bool = False
+    custom: bool = False
 
 
 @dataclass(frozen=True)
 class Queued:
-    """A user message that no request has seen yet."""
+    """A user or system message that no request has seen yet."""
 
     seq: int
     blocks: tuple[Block, ...]
+    system: bool = False
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A person's answer to a tool call that asks: the first one counts."""
+    """A person's answer to a tool call that asks; any deny wins.
+
+    Attributes:
+        input_sha256: digest of the arguments that the person saw, empty if they did not say.
+    """
 
     allow: bool
     message: str = ""
+    input_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A client's result of a custom tool: the first one counts."""
+
+    content: list[dict[str, Any]]
+    is_error: bool
 
 
 @dataclass(frozen=True)
@@ -96,12 +112,13 @@ class Conversation:
         created: data of `session.created`, None before it.
         last_seq: position of the newest event that was folded.
         messages: prompt as committed by the requests so far.
-        queued: user messages that wait for the next request.
+        queued: user and system messages that wait for the next request.
         uses: `tool_use` blocks of the newest response, in order; empty once their results were sent.
         results: tool_use_id -> its block, for `uses`.
         started: tool_use_id -> data of `tool.started`, for `uses`.
         asked: tool_use_ids with a `tool.pending`.
-        decisions: tool_use_id -> answer of a person, for `uses`.
+        decisions: tool_use_id -> answer of a person.
+        answers: tool_use_id of a custom tool -> answer of its client.
         hands: name -> newest instance.
         request: newest model request, None before the first or after a refused turn was cut.
         n: number of the newest request.
@@ -136,6 +153,7 @@ class Conversation:
     started: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
     decisions: dict[str, Decision] = field(default_factory=dict)
+    answers: dict[str, Answer] = field(default_factory=dict)
     hands: dict[str, HandState] = field(default_factory=dict)
     request: Request | None = None
     n: int = 0
@@ -172,6 +190,11 @@ class Conversation:
         return base
 
     @property
+    def custom_tools(self) -> frozenset[str]:
+        """Names of the tools that the client answers."""
+        return frozenset((self.created or {}).get("custom_tools") or ())
+
+    @property
     def unresolved(self) -> tuple[ToolUse, ...]:
         """Tool calls without a result, in order."""
         return tuple(use for use in self.uses if use.id not in self.results)
@@ -184,7 +207,7 @@ class Conversation:
     @property
     def triggered(self) -> bool:
         """A user message waits that may start a turn."""
-        return any(item.seq > self.silenced for item in self.queued)
+        return any(item.seq > self.silenced and not item.system for item in self.queued)
 
     @property
     def max_tokens(self) -> int:
@@ -208,27 +231,43 @@ class Conversation:
             and self.n == self.request.n
         )
 
-    def pending_message(self, horizon: int) -> Message | None:
-        """The user message that the next new request adds, from what is known up to `horizon`.
+    def pending_messages(self, horizon: int) -> list[Message]:
+        """The messages that the next new request adds, from what is known up to `horizon`.
 
-        Tool results first, in the order of the tool_use blocks, then queued text.
+        One user message: tool results first, in the order of the tool_use blocks, then queued text. Behind
+        it, and never without it (the API takes none directly after an assistant's), one system message.
         """
         if self.paused:
-            return None
+            return []
+        seen = [item for item in self.queued if item.seq <= horizon]
         blocks = [self.results[use.id] for use in self.uses]
-        for item in self.queued:
-            if item.seq <= horizon:
-                blocks.extend(item.blocks)
+        blocks += [one for item in seen if not item.system for one in item.blocks]
         if not blocks and self.stop_reason == "max_tokens" and not self.ended:
             blocks.append(block({"type": "text", "text": CONTINUE}))
-        return Message("user", tuple(blocks)) if blocks else None
+        if not blocks:
+            return []
+        system = tuple(one for item in seen if item.system for one in item.blocks)
+        user = Message("user", tuple(blocks))
+        return [user, Message("system", system)] if system else [user]
 
     def prompt(self, horizon: int) -> list[Message]:
         """All messages of the next request."""
         if self.retry:
             return list(self.messages)
-        message = self.pending_message(horizon)
-        return [*self.messages, message] if message else list(self.messages)
+        kept, added = self._grown(horizon)
+        return [*kept, *added]
+
+    def _grown(self, horizon: int) -> tuple[list[Message], list[Message]]:
+        """What stays of the prompt and what the next new request adds.
+
+        A system message that got no answer (the turn failed or was interrupted) moves behind the user
+        message that comes next: the API takes none directly before a user message.
+        """
+        kept, added = list(self.messages), self.pending_messages(horizon)
+        if added and kept and kept[-1].role == "system":
+            system = [*kept.pop().blocks, *(one for item in added[1:] for one in item.blocks)]
+            added = [added[0], Message("system", tuple(system))]
+        return kept, added
 
     def prefix_matches(self) -> bool:
         """The newest request, rebuilt from what is folded, is the one that was logged."""
@@ -292,17 +331,30 @@ class Conversation:
             self.refused = False
             self.wakes = 0
 
+    def _system_message(self, seq: int, data: Mapping[str, Any]) -> None:
+        blocks = content_blocks(data["content"])
+        if blocks:
+            self.queued.append(Queued(seq, blocks, system=True))
+
     def _interrupt(self, seq: int, data: Mapping[str, Any]) -> None:
         if not self.ended or self.triggered:
             self.interrupted = True
         self.silenced = seq
 
     def _confirmation(self, seq: int, data: Mapping[str, Any]) -> None:
+        # Kept whatever the log has seen of the call: an answer may come before its question.
         use_id = str(data.get("tool_use_id", ""))
-        if use_id in self.decisions or all(use.id != use_id for use in self.uses):
-            return
         allow = data.get("result") == "allow"
-        self.decisions[use_id] = Decision(allow, str(data.get("deny_message") or ""))
+        old = self.decisions.get(use_id)
+        if old is None or (old.allow and not allow):
+            self.decisions[use_id] = Decision(
+                allow, str(data.get("deny_message") or ""), str(data.get("input_sha256") or "")
+            )
+        self.wakes = 0
+
+    def _custom_result(self, seq: int, data: Mapping[str, Any]) -> None:
+        answer = Answer(list(data.get("content") or ()), bool(data.get("is_error")))
+        self.answers.setdefault(str(data.get("custom_tool_use_id", "")), answer)
         self.wakes = 0
 
     def _forked(self, seq: int, data: Mapping[str, Any]) -> None:
@@ -349,14 +401,13 @@ class Conversation:
 
     def _commit(self, horizon: int) -> None:
         """A new request begins: what it adds to the prompt becomes part of the conversation."""
-        message = self.pending_message(horizon)
+        kept, added = self._grown(horizon)
         if self.ended:
-            self._turn_start = len(self.messages)
+            self._turn_start = len(kept)
             self._turn_results = tuple(self.results[use.id] for use in self.uses)
             self.continuations = 0
-        if message is not None:
-            self.messages.append(message)
-        if not self.paused:
+        self.messages = [*kept, *added]
+        if added:
             self.queued = [item for item in self.queued if item.seq > horizon]
         self._clear_tools()
         self.ended = False
@@ -370,6 +421,7 @@ class Conversation:
         self.started = {}
         self.asked = set()
         self.decisions = {}
+        self.answers = {}
 
     def _response(self, seq: int, data: Mapping[str, Any]) -> None:
         message = data["message"]
@@ -383,7 +435,7 @@ class Conversation:
         blocks = response_blocks(self._payload)
         if blocks:
             self.messages.append(Message("assistant", blocks))
-        self.uses = tool_uses(message)
+        self.uses = tool_uses(message, self.custom_tools)
         self._asked_at = seq
         continued = self.stop_reason == "pause_turn" or (
             self.stop_reason == "max_tokens" and not self.uses
@@ -391,7 +443,10 @@ class Conversation:
         self.continuations = self.continuations + 1 if continued else 0
 
     def _cut_turn(self) -> None:
-        """A refused turn leaves the prompt; results of the turn before it must stay."""
+        """A refused turn leaves the prompt; results of the turn before it and system messages must stay."""
+        cut = self.messages[self._turn_start :]
+        system = (Queued(0, one.blocks, system=True) for one in cut if one.role == "system")
+        self.queued = [*system, *self.queued]
         del self.messages[self._turn_start :]
         if self._turn_results:
             self.messages.append(Message("user", self._turn_results))
@@ -424,8 +479,9 @@ class Conversation:
     def _result(self, seq: int, data: Mapping[str, Any]) -> None:
         use_id = data["tool_use_id"]
         if use_id not in self.results and any(use.id == use_id for use in self.uses):
-            content, is_error = str(data["content"]), bool(data["is_error"])
-            self.results[use_id] = tool_result_block(use_id, content, is_error)
+            content = data["content"]
+            content = content if isinstance(content, list) else str(content)
+            self.results[use_id] = tool_result_block(use_id, content, bool(data["is_error"]))
         self.wakes = 0
 
     def _hand_requested(self, seq: int, data: Mapping[str, Any]) -> None:
@@ -460,15 +516,23 @@ class Conversation:
             self.silenced = max(self.silenced, int(data.get("horizon", 0)))
 
 
-def tool_uses(message: Mapping[str, Any]) -> tuple[ToolUse, ...]:
-    """The `tool_use` blocks of a response; the last one is `cut` if the output limit ended in it."""
+def tool_uses(
+    message: Mapping[str, Any], custom: Collection[str] = frozenset()
+) -> tuple[ToolUse, ...]:
+    """The `tool_use` blocks of a response; the last one is `cut` if the output limit ended in it.
+
+    Args:
+        message: the response.
+        custom: names of the custom tools.
+    """
     content = message.get("content") or []
     uses = []
     for index, item in enumerate(content):
         if item.get("type") != "tool_use":
             continue
         cut = message.get("stop_reason") in _CUTTING and index == len(content) - 1
-        uses.append(ToolUse(str(item["id"]), str(item["name"]), item.get("input") or {}, cut))
+        name, given = str(item["name"]), item.get("input") or {}
+        uses.append(ToolUse(str(item["id"]), name, given, cut, name in custom))
     return tuple(uses)
 
 
@@ -485,6 +549,8 @@ _HANDLERS: Final[Mapping[str, Callable[[Conversation, int, Mapping[str, Any]], N
     ev.USER_MESSAGE: Conversation._message,
     ev.USER_INTERRUPT: Conversation._interrupt,
     ev.USER_TOOL_CONFIRMATION: Conversation._confirmation,
+    ev.USER_CUSTOM_TOOL_RESULT: Conversation._custom_result,
+    ev.SYSTEM_MESSAGE: Conversation._system_message,
     ev.MODEL_REQUEST_START: Conversation._request_start,
     ev.MODEL_REQUEST_END: Conversation._request_end,
     ev.MODEL_RESPONSE: Conversation._response,

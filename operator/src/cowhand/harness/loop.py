@@ -20,6 +20,7 @@ from cowhand.errors import LogIncompatible, UserError
 from cowhand.hands.base import Outcome, next_instance
 from cowhand.hands.registry import Delivery, Hands
 from cowhand.harness import decide
+from cowhand.harness.calls import ToolCall, plan_open, plan_tools
 from cowhand.harness.decide import (
     Append,
     Park,
@@ -27,9 +28,7 @@ from cowhand.harness.decide import (
     RunTools,
     SendRequest,
     Stop,
-    ToolCall,
     next_step,
-    plan_tools,
 )
 from cowhand.harness.fold import tool_uses
 from cowhand.harness.journal import Journal, steadily
@@ -387,7 +386,8 @@ class SessionLoop:
 
     async def _received(self, step: SendRequest, seq: int, response: Response) -> None:
         """Append a complete response, and in the same append what may start at once."""
-        uses = tool_uses(response.message)
+        conversation = self._journal.conversation
+        uses = tool_uses(response.message, conversation.custom_tools)
         cut = any(use.cut for use in uses) and response.message["stop_reason"] == "max_tokens"
         if cut and not step.accept_cut:
             await self._journal.append((_request_end(seq, "truncated"),))
@@ -405,9 +405,8 @@ class SessionLoop:
             await self._journal.sync()
             self._signal()
         if uses and not self._stop_waits.is_set() and response.message["stop_reason"] != "refusal":
-            created = self._journal.conversation.created
-            assert created is not None
-            plan = plan_tools(created, uses)
+            assert conversation.created is not None
+            plan = plan_tools(conversation.created, uses, decisions=conversation.decisions)
             begin = plan.run
             events += [*plan.events, *self._started(begin)]
         try:
@@ -498,14 +497,7 @@ class SessionLoop:
         conversation = self._journal.conversation
         begin: tuple[ToolCall, ...] = ()
         if not self._stop_waits.is_set() and call.klass != "pure":
-            assert conversation.created is not None
-            begin = plan_tools(
-                conversation.created,
-                conversation.uses,
-                resolved={*conversation.results, call.use.id},
-                asked=conversation.asked,
-                decisions=conversation.decisions,
-            ).run
+            begin = plan_open(conversation, resolved=(call.use.id,)).run
         begin = tuple(item for item in begin if item.use.id not in conversation.started)
         await self._journal.append(
             (NewEvent(ev.TOOL_RESULT, data), *self._started(begin)), barrier=bool(begin)

@@ -96,8 +96,10 @@ def response_blocks(payload: bytes) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def tool_result_block(tool_use_id: str, content: str, is_error: bool) -> Block:
-    """The `tool_result` block of one call."""
+def tool_result_block(
+    tool_use_id: str, content: str | list[dict[str, Any]], is_error: bool
+) -> Block:
+    """The `tool_result` block of one call; `content` is text or content blocks."""
     value: dict[str, Any] = {
         "type": "tool_result",
         "tool_use_id": tool_use_id,

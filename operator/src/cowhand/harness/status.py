@@ -87,8 +87,14 @@ def _changes(status: Mapping[str, Any], kind: str, data: Mapping[str, Any]) -> d
             first = status["ttft_ms"]
             return {"usage": usage, "ttft_ms": data.get("ttft_ms") if first is None else first}
         case ev.TOOL_PENDING:
-            entry = {"tool_use_id": data["tool_use_id"], "name": data["name"]}
-            return {"pending": [*status["pending"], entry]}
+            # A custom tool has no tool.started: it counts when its client is asked.
+            custom = data.get("kind") == ev.CUSTOM_TOOL
+            known = ("tool_use_id", "name", "kind", "input_sha256")
+            entry = {key: data[key] for key in known if key in data}
+            return {
+                "pending": [*status["pending"], entry],
+                "tool_calls": status["tool_calls"] + custom,
+            }
         case ev.TOOL_STARTED:
             return {
                 "tool_calls": status["tool_calls"] + (data.get("attempt", 1) == 1),

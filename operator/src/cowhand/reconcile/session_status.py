@@ -6,7 +6,7 @@ have to remove the obstacles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, Literal
 
@@ -269,14 +269,28 @@ def _turn_complete(snap: SessionSnapshot) -> Observed:
 
 def _turn_text(word: TurnComplete, log: LogView) -> str:
     if word is TurnComplete.REQUIRES_ACTION:
-        waiting = ", ".join(
-            f"{call['name']} ({call['tool_use_id']})" for call in log.document.get("pending") or ()
-        )
-        return f"Waits for an approval: {waiting}. Use `cowhand approve` or `cowhand deny`."
+        return _waits_for(log.document.get("pending") or ())
     if word is TurnComplete.ERROR:
         error = log.document.get("error") or {}
         return f"{error.get('type', 'error')}: {error.get('message', 'retries were used up')}"
     return _TURN_TEXT[word]
+
+
+def _waits_for(pending: Sequence[Mapping[str, Any]]) -> str:
+    """Whom a turn waits for, and with which command they answer."""
+    custom: list[str] = []
+    approvals: list[str] = []
+    for call in pending:
+        group = custom if call.get("kind") == "custom_tool" else approvals
+        group.append(f"{call['name']} ({call['tool_use_id']})")
+    parts = []
+    if approvals:
+        listed = ", ".join(approvals)
+        parts.append(f"Waits for an approval: {listed}. Use `cowhand approve` or `cowhand deny`.")
+    if custom:
+        listed = ", ".join(custom)
+        parts.append(f"Waits for its client's result of: {listed}. Use `cowhand answer`.")
+    return " ".join(parts) or "Waits for an answer."
 
 
 def _succeeded(snap: SessionSnapshot) -> Observed:

@@ -7,6 +7,7 @@ the harness (appends), the gateway (ingests and projects). The payload schema of
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ LOG_REGRESSED: Final = "log.regressed"
 USER_MESSAGE: Final = "user.message"
 USER_INTERRUPT: Final = "user.interrupt"
 USER_TOOL_CONFIRMATION: Final = "user.tool_confirmation"
+USER_CUSTOM_TOOL_RESULT: Final = "user.custom_tool_result"
+SYSTEM_MESSAGE: Final = "system.message"
 
 # Written by the claim script itself.
 SESSION_WAKE: Final = "session.wake"
@@ -76,8 +79,25 @@ EXTERNAL: Final = frozenset(
         USER_MESSAGE,
         USER_INTERRUPT,
         USER_TOOL_CONFIRMATION,
+        USER_CUSTOM_TOOL_RESULT,
+        SYSTEM_MESSAGE,
     }
 )
+
+CONFIRMATION: Final = "confirmation"
+"""`kind` of a `tool.pending` that waits for a person."""
+
+CUSTOM_TOOL: Final = "custom_tool"
+"""`kind` of a `tool.pending` that waits for its client, and of a custom tool's `tool.result`."""
+
+
+def input_sha256(arguments: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of a call's arguments as canonical JSON: keys sorted, compact, UTF-8.
+
+    Binds an approval to what the person saw; see `user.tool_confirmation`.
+    """
+    text = json.dumps(arguments, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -191,8 +191,9 @@ class SessionLog(Protocol):
         """Append an external event and make the session ready; answers its position.
 
         Deduplicated by `event.id`: the same id again answers the first position, also after the end of the log.
-        Takes `user.message`, `user.interrupt`, `user.tool_confirmation` and `session.exec`; the latter does not
-        make the session ready. While the session is suspended the event is kept, and acted on after resuming.
+        Takes `user.message`, `user.interrupt`, `user.tool_confirmation`, `user.custom_tool_result`,
+        `system.message` and `session.exec`; the last two do not make the session ready. While the session
+        is suspended the event is kept, and acted on after resuming.
         Profile standard: durable when this returns.
 
         Raises:

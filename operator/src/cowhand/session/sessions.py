@@ -17,6 +17,8 @@ from cowhand.session.events import (
     SESSION_DELETED,
     SESSION_EXEC,
     SESSION_SUSPENDED,
+    SYSTEM_MESSAGE,
+    USER_CUSTOM_TOOL_RESULT,
     USER_INTERRUPT,
     USER_MESSAGE,
     USER_TOOL_CONFIRMATION,
@@ -41,10 +43,19 @@ SMALL_CHUNK: Final = 256 * 1024
 POLL_SECONDS: Final = 5.0
 """How often a follower looks without being nudged."""
 
-EMITTABLE: Final = frozenset({USER_MESSAGE, USER_INTERRUPT, USER_TOOL_CONFIRMATION, SESSION_EXEC})
+EMITTABLE: Final = frozenset(
+    {
+        USER_MESSAGE,
+        USER_INTERRUPT,
+        USER_TOOL_CONFIRMATION,
+        USER_CUSTOM_TOOL_RESULT,
+        SYSTEM_MESSAGE,
+        SESSION_EXEC,
+    }
+)
 """What `emit_event` takes; the other external types belong to create_session and to ControlLog."""
 
-QUIET: Final = frozenset({SESSION_EXEC})
+QUIET: Final = frozenset({SESSION_EXEC, SYSTEM_MESSAGE})
 """External events that give a harness nothing to do: they do not make the session ready."""
 
 _SESSION_ID: Final = re.compile(r"sesn_[0-9a-f]{32}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -42,13 +42,70 @@ class ModelSpec(Model):
     Secret's annotation cowhand.dev/allowed-hosts must list the host of the base URL."""
 
 
-class Tool(Model):
-    """One built-in tool and whether it may run."""
+_BUILT_IN = ", ".join(TOOL_NAMES)
+UNKNOWN_TOOL = f"name of a BuiltIn tool must be one of {_BUILT_IN}"
+TAKEN_NAME = f"name of a Custom tool must not be one of {_BUILT_IN}: choose another name"
+CUSTOM_NEEDS = "a Custom tool needs description and inputSchema"
+CUSTOM_ONLY = "description and inputSchema are for type Custom: the built-in tools have their own"
+NO_PERMISSION = (
+    "a Custom tool has no permission: its client decides whether it runs; leave permission out"
+)
+_NAMES = "[" + ", ".join(f"'{name}'" for name in TOOL_NAMES) + "]"
 
-    name: ToolName
-    """name of the tool."""
+
+class Tool(Model):
+    """One tool: a built-in one and whether it may run, or a custom one that the client answers."""
+
+    model_config = ConfigDict(
+        json_schema_extra=merge(
+            cel(f"self.type == 'Custom' || self.name in {_NAMES}", UNKNOWN_TOOL, field=".name"),
+            cel(f"self.type != 'Custom' || !(self.name in {_NAMES})", TAKEN_NAME, field=".name"),
+            cel(
+                "self.type != 'Custom' || (has(self.description) && has(self.inputSchema))",
+                CUSTOM_NEEDS,
+            ),
+            cel(
+                "self.type == 'Custom' || (!has(self.description) && !has(self.inputSchema))",
+                CUSTOM_ONLY,
+            ),
+            cel(
+                "self.type != 'Custom' || self.permission == 'Allow'",
+                NO_PERMISSION,
+                field=".permission",
+            ),
+        )
+    )
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+    """name of the tool: bash, read, write, edit, glob or grep, or any other for type Custom."""
+    type: Literal["BuiltIn", "Custom"] = "BuiltIn"
+    """type is BuiltIn (runs in the sandbox) or Custom: Claude's call is handed to the client, which
+    answers with user.custom_tool_result (`cowhand answer`)."""
     permission: Permission = "Allow"
     """permission is Allow (runs at once), Ask (waits for an approval) or Deny (never runs)."""
+    description: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
+    """description of a Custom tool, which tells Claude what it does and when to use it."""
+    input_schema: (
+        Annotated[
+            dict[str, Any],
+            Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True}),
+        ]
+        | None
+    ) = None
+    """inputSchema of a Custom tool: the JSON Schema of its input, with type "object"."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Tool:
+        custom = self.type == "Custom"
+        if custom == (self.name in TOOL_NAMES):
+            raise ValueError(TAKEN_NAME if custom else UNKNOWN_TOOL)
+        if custom and (self.description is None or self.input_schema is None):
+            raise ValueError(CUSTOM_NEEDS)
+        if not custom and (self.description is not None or self.input_schema is not None):
+            raise ValueError(CUSTOM_ONLY)
+        if custom and self.permission != "Allow":
+            raise ValueError(NO_PERMISSION)
+        return self
 
 
 class SandboxHand(Model):
@@ -80,11 +137,11 @@ class AgentSpec(Model):
     """model says which model answers, and where."""
     system: Annotated[str, Field(max_length=100_000)] | None = None
     """system is the system prompt."""
-    tools: Annotated[tuple[Tool, ...], Field(max_length=6, json_schema_extra=list_map("name"))] = (
+    tools: Annotated[tuple[Tool, ...], Field(max_length=64, json_schema_extra=list_map("name"))] = (
         ALL_TOOLS
     )
-    """tools that the agent has, and their permissions. Absent: all six, allowed. Given: only those
-    that are named."""
+    """tools that the agent has, and their permissions. Absent: the six built-in ones, allowed. Given:
+    only those that are named."""
     hands: Annotated[
         tuple[Hand, ...],
         Field(

@@ -545,6 +545,7 @@ _HANDLERS: Final[Mapping[str, Callable[[Conversation, int, Mapping[str, Any]], N
     ev.SESSION_UPDATED: Conversation._updated,
     ev.SESSION_DELETED: Conversation._deleted,
     ev.SESSION_FORKED: Conversation._forked,
+    ev.LOG_REGRESSED: Conversation._suspended,
     ev.SESSION_WAKE: Conversation._wake,
     ev.USER_MESSAGE: Conversation._message,
     ev.USER_INTERRUPT: Conversation._interrupt,

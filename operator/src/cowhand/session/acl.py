@@ -38,11 +38,12 @@ COMMANDS: Final = (
 )
 """What every user may call, on keys and channels of its own."""
 
-CONTROL_COMMANDS: Final = ("scan", "script|load", "memory|usage")
+CONTROL_COMMANDS: Final = ("scan", "script|load", "memory|usage", "rename")
 """What only the control plane may call.
 
 SCAN answers key names of all tenants; MEMORY USAGE is for quotas and the archive. A script of one's own may be
 endless, or meet a flaw of the server's Lua engine: tenants run those alone that the control plane has loaded.
+RENAME puts a restored log in its place.
 """
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -64,10 +64,17 @@ def session_state(session_id: str, namespace: str, raw: Mapping[bytes, bytes]) -
             status=status,
             created_ms=int(text["created"]),
             budget=budget,
+            regressed=_regressed(text.get("reg", "")),
+            accepted=int(text.get("acc", "0")),
         )
     except (KeyError, ValueError, RecursionError) as err:
         why = f"it lacks {err}" if isinstance(err, KeyError) else str(err)
         raise LogIncompatible(f"the meta hash of {session_id!r} is not valid: {why}") from err
+
+
+def _regressed(text: str) -> tuple[int, int] | None:
+    seen, _, position = text.partition(":")
+    return (int(seen), int(position)) if text else None
 
 
 def event(entry: Sequence[Any]) -> Event:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from cowhand.errors import SessionNotFound, UserError
 from cowhand.session import codec
 from cowhand.session.events import (
+    LOG_REGRESSED,
     SESSION_DELETED,
     SESSION_RESUMED,
     SESSION_SUSPENDED,
@@ -63,6 +64,23 @@ class RedisControlLog:
             codec.dump(event.data["budget"] or {}),
         )
         return int(reply[1])
+
+    async def regress(self, namespace: str, session_id: str, event: NewEvent, *, seen: int) -> int:
+        """See `log.ControlLog.regress`."""
+        if event.type != LOG_REGRESSED:
+            raise ValueError(f"a log that lost its tail says so with {LOG_REGRESSED}")
+        check_event_id(event)
+        reply = await self._store.script(
+            "regress",
+            self._store.keys(namespace).session(session_id),
+            *(event.id, event.type, *await self._pack(namespace, session_id, event), seen),
+        )
+        return int(reply[1])
+
+    async def accept_regression(self, namespace: str, session_id: str, position: int) -> bool:
+        """See `log.ControlLog.accept_regression`."""
+        keys = self._store.keys(namespace).session(session_id)
+        return bool((await self._store.script("accept", keys, position))[0] == "OK")
 
     async def close(
         self, namespace: str, session_id: str, event: NewEvent, *, retain_s: int

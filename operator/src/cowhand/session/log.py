@@ -17,10 +17,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cowhand.session.archive import HotLog
 from cowhand.session.events import Event, NewEvent
+
+if TYPE_CHECKING:
+    from cowhand.session.export import Header
 
 Mode = Literal["running", "suspended"]
 State = Literal["idle", "running", "rescheduling", "terminated", "closed"]
@@ -61,6 +64,9 @@ class SessionState:
         status: last status the harness wrote with an append (see docs/interfaces.md), empty before.
         created_ms: milliseconds since the epoch, store clock.
         budget: limits in force: those of `session.created`, or of the newest `session.updated`.
+        regressed: (position that somebody has seen, last position that the store had) of a log that lost its
+            tail, until it is accepted or restored.
+        accepted: highest position seen whose loss a person has accepted, 0 for none.
     """
 
     meta: SessionMeta
@@ -72,6 +78,24 @@ class SessionState:
     status: dict[str, Any]
     created_ms: int
     budget: dict[str, int] = field(default_factory=dict)
+    regressed: tuple[int, int] | None = None
+    accepted: int = 0
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Answer of `restore_session`.
+
+    Attributes:
+        outcome: `restored` (the session was missing), `extended` (its lost tail came back) or `unchanged` (the
+            store has all of the backup, or more).
+        before: last position that the store had before, 0 for none.
+        last: last position of the backup.
+    """
+
+    outcome: Literal["restored", "extended", "unchanged"]
+    before: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -185,6 +209,46 @@ class SessionLog(Protocol):
         Raises:
             UserError: malformed id, wrong events, or a payload over the limit; nothing was written.
             ArchiveUnavailable: a large payload could not be stored; repeat the call.
+        """
+
+    async def fork_session(
+        self,
+        meta: SessionMeta,
+        created: NewEvent,
+        source: tuple[str, int],
+        extra: Sequence[NewEvent],
+    ) -> Created:
+        """Make a session from another one of this tenant: its events up to a position, under a new id.
+
+        The source is only read. Position 1 is `created`; the others are copies, payloads byte for byte; then come
+        `extra`: `session.forked` and what is to be done next. Ids of external events get `@<source id>`, so that
+        the fork's own ids are new. All of it appears at once. Idempotent as `create_session`.
+
+        Args:
+            meta: of the new session.
+            created: its `session.created`.
+            source: session id, and last position to copy.
+            extra: external events behind the copies.
+
+        Raises:
+            SessionNotFound: there is no such source, or it ends before the position.
+            UserError: malformed id, or the source's end is among what is to be copied.
+        """
+
+    async def restore_session(self, header: Header, events: AsyncIterator[Event]) -> Restored:
+        """Bring a session back from an export, or the tail that the store has lost.
+
+        Nothing is overwritten: a log that is there must be the beginning of the backup (but for the `log.regressed`
+        that the operator wrote when it noticed the loss). The session appears, or changes, at once when the last
+        event is in place. One that had work comes back suspended: the operator resumes it if its AgentSession says
+        Running and nobody has seen more than the backup has. Idempotent.
+
+        Args:
+            header: of the export.
+            events: all of its events, in order; raises where the export is torn, then nothing is changed.
+
+        Raises:
+            UserError: it belongs to another tenant, the logs differ, or a harness holds the session.
         """
 
     async def emit_event(self, session_id: str, event: NewEvent) -> int:
@@ -355,6 +419,20 @@ class ControlLog(Protocol):
         Deduplicated by id; `SessionState.budget` changes in the same script. A holder is nudged and acts on it
         before its next request; an idle session is not made ready.
         Raises SessionNotFound, SessionClosed (also if `terminated`).
+        """
+
+    async def regress(self, namespace: str, session_id: str, event: NewEvent, *, seen: int) -> int:
+        """Stop a session whose log ends before a position that somebody has seen; answers its last position.
+
+        Writes `event` (`log.regressed`), and nobody may claim the session until `accept_regression` and `set_mode`,
+        or `restore_session`. Does nothing if the log has the position, or its loss was accepted.
+        Raises SessionNotFound, SessionClosed.
+        """
+
+    async def accept_regression(self, namespace: str, session_id: str, position: int) -> bool:
+        """The log may go on from `position`, where it ended when it was stopped; False: it did not end there.
+
+        The session stays suspended until `set_mode`. Raises SessionNotFound.
         """
 
     async def close(

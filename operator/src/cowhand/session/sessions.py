@@ -25,8 +25,10 @@ from cowhand.session.events import (
     Event,
     NewEvent,
 )
+from cowhand.session.export import Header
+from cowhand.session.importing import Importer, fork, restore
 from cowhand.session.keys import Keys
-from cowhand.session.log import Created, SessionMeta, SessionState, from_end
+from cowhand.session.log import Created, Restored, SessionMeta, SessionState, from_end
 
 if TYPE_CHECKING:
     from cowhand.session.store import Store
@@ -141,6 +143,54 @@ class RedisSessionLog:
             if await self._store.reads.call("EXISTS", self._keys.session(other).meta):
                 return other
             expected = found
+
+    async def fork_session(
+        self,
+        meta: SessionMeta,
+        created: NewEvent,
+        source: tuple[str, int],
+        extra: Sequence[NewEvent],
+    ) -> Created:
+        """See `log.SessionLog.fork_session`."""
+        self._check(meta, (created, *extra))
+        if meta.tombstone:
+            other = await self._bury(meta)
+            if other is not None:
+                return Created(other, existed=True)
+        if source[0] == meta.session_id:
+            raise UserError("a session cannot be a fork of itself")
+        seconds, micros = await self._store.reads.call("TIME")
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        importer = Importer(self._store, self._keys)
+        made = await fork(importer, meta, created, source, extra, self.get_events, now_ms)
+        if meta.tombstone:
+            key = self._keys.tombstone(meta.tombstone)
+            await self._store.writes.call("SET", key, meta.session_id)
+        await self._durable()
+        return Created(meta.session_id, existed=not made)
+
+    async def restore_session(self, header: Header, events: AsyncIterator[Event]) -> Restored:
+        """See `log.SessionLog.restore_session`."""
+        session_id = header.session_id
+        if not _SESSION_ID.fullmatch(session_id):
+            raise UserError(f"{session_id!r} is not a session id (sesn_ and 32 hex digits)")
+        if header.meta.namespace != self._keys.namespace:
+            raise UserError(
+                f"the backup is of a session of namespace {header.meta.namespace}: it can be restored "
+                f"there only, not in {self._keys.namespace}"
+            )
+        there: SessionState | None
+        try:
+            there = await self.get_session(session_id)
+        except SessionNotFound:
+            there = None
+
+        async def read(first: int, last: int) -> list[Event]:
+            return await self.get_events(session_id, first, last)
+
+        done = await restore(Importer(self._store, self._keys), header, events, there, read)
+        await self._durable()
+        return done
 
     async def emit_event(self, session_id: str, event: NewEvent) -> int:
         """See `log.SessionLog.emit_event`."""

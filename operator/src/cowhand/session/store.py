@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from redis import exceptions as redis_errors
@@ -190,20 +190,22 @@ class Store:
         if await self.reads.call("GET", key) != self._identity:
             raise StoreMismatch("the store has lost its data: restore it, or restart the process")
 
-    async def script(self, name: str, keys: SessionKeys, *args: str | bytes | int) -> list[Any]:
-        """Run a session script; answers `[code, ...]` with the code as text.
+    async def script(
+        self, name: str, keys: SessionKeys, *args: str | bytes | int, more: Sequence[str] = ()
+    ) -> list[Any]:
+        """Run a session script; answers `[code, ...]` with the code as text. `more`: keys behind its parts.
 
         Raises:
             SessionNotFound, SessionClosed, Fenced, UserError for the codes that mean these, besides what
             `Pipe.call` raises.
         """
-        return (await self.script_on(name, keys, *args))[0]
+        return (await self.script_on(name, keys, *args, more=more))[0]
 
     async def script_on(
-        self, name: str, keys: SessionKeys, *args: str | bytes | int
+        self, name: str, keys: SessionKeys, *args: str | bytes | int, more: Sequence[str] = ()
     ) -> tuple[list[Any], int]:
         """As `script`, with the generation of the connection that answered."""
-        names = [keys.name(part) for part in lua.PARTS[name]]
+        names = [*(keys.name(part) for part in lua.PARTS[name]), *more]
         raw, generation = await self.writes.script_on(
             name, names, keys.base, keys.session_id, *args
         )

@@ -32,6 +32,10 @@ PARTS: Final[dict[str, tuple[str, ...]]] = {
     "trim": ("ready",),
     "archived": ("meta", "log"),
     "forget": ("ready",),
+    "stage": (),
+    "import": ("meta", "log", "dedupe", "ready", "own", "proj"),
+    "regress": ("meta", "log", "dedupe", "proj"),
+    "accept": ("meta", "proj"),
 }
 """Parts of a session (see `keys.SessionKeys.name`) that each script takes as KEYS."""
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cowhand.errors import SessionClosed, SessionNotFound, StoreUnavailable
+from cowhand.errors import QuotaExceeded, SessionClosed, SessionNotFound, StoreUnavailable
 from cowhand.session import events
 from cowhand.session.events import Event, NewEvent
 from cowhand.session.log import (
@@ -64,6 +64,7 @@ class MemoryLog:
     def __init__(self) -> None:
         self.down = False
         self.hang = False
+        self.full = False
         self.backlogs: dict[str, Backlog] = {}
         self.dropped: list[tuple[str, str]] = []
         self.calls = 0
@@ -241,6 +242,8 @@ class MemorySessions:
 
     async def create_session(self, meta: SessionMeta, new: Sequence[NewEvent]) -> Created:
         await self._log.enter()
+        if self._log.full:
+            raise QuotaExceeded(self._namespace, used=2, limit=1)
         assert new[0].type == events.SESSION_CREATED
         tombs, sessions = self._log._tombs, self._log._sessions
         tomb = (self._namespace, meta.tombstone)

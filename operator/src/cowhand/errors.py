@@ -5,6 +5,7 @@ Callers decide by class, never by text; the text is for the person who reads it 
     CowhandError
     ├── Retryable                 try again, after `after` seconds
     │   ├── StoreUnavailable      the session log's store does not answer
+    │   │   └── QuotaExceeded     the tenant has no room left in it
     │   │   └── ArchiveUnavailable    the archive (large payloads, old events) does not answer
     │   ├── BrokerUnavailable     the credential broker does not answer
     │   └── HandUnavailable       a hand cannot be reached now
@@ -46,6 +47,25 @@ class StoreUnavailable(Retryable):
 
 class ArchiveUnavailable(StoreUnavailable):
     """The archive does not answer: large payloads and old events cannot be read or written for now."""
+
+
+class QuotaExceeded(StoreUnavailable):
+    """The tenant's share of the store is full: to its own writers the store is not available, to others it is.
+
+    Attributes:
+        used: bytes that the tenant has in the store, as last measured and counted on.
+        limit: its quota, bytes.
+    """
+
+    def __init__(self, namespace: str, *, used: int, limit: int) -> None:
+        super().__init__(
+            f"namespace {namespace} uses {used} of the {limit} bytes that it may have in the store of the log"
+            " (store.tenantQuota): delete sessions that are not needed (deletionPolicy Delete frees their log at"
+            " once), or have the quota raised",
+            after=10.0,
+        )
+        self.used = used
+        self.limit = limit
 
 
 class BrokerUnavailable(Retryable):

@@ -37,6 +37,17 @@ def _words(raw: str) -> tuple[str, ...]:
     return tuple(word for word in (part.strip() for part in raw.split(",")) if word)
 
 
+def size(raw: str) -> int:
+    """Bytes of a size in the store's own units: `1024`, `100k`, `64kb`, `512mb`, `2gb` (k is 1000, kb is 1024)."""
+    text = raw.strip().lower()
+    number = text.rstrip("kmgb")
+    units = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
+    units |= {"kb": 1024, "mb": 1024**2, "gb": 1024**3}
+    if not number.isdigit() or text[len(number) :] not in units:
+        raise ValueError("give bytes, or a number with k, kb, m, mb, g or gb")
+    return int(number) * units[text[len(number) :]]
+
+
 @dataclass(frozen=True)
 class StoreSettings:
     """How a process reaches the store: `COWHAND_STORE_*`."""
@@ -113,6 +124,9 @@ class OperatorSettings:
     """Sessions in work per harness pod that scaling aims at (default 50)."""
     lease_seconds: int
     """Duration of the leader Lease (default 30); renew deadline and retry follow from it."""
+    tenant_quota: int | None = None
+    """Bytes of each tenant in the store (`COWHAND_TENANT_QUOTA`, for example 512mb; 0: no limit; default: an
+    equal share of 80 % of the store's memory)."""
     metrics_port: int = 0
     """Port of the metrics, plain HTTP (`COWHAND_METRICS_PORT`, default 0: none)."""
 
@@ -137,6 +151,7 @@ def operator(env: Mapping[str, str] | None = None) -> OperatorSettings:
         harness_max=_get(env, "HARNESS_MAX", 10, int),
         sessions_per_harness=_get(env, "SESSIONS_PER_HARNESS", 50, int),
         lease_seconds=_get(env, "LEASE_SECONDS", 30, int),
+        tenant_quota=_get(env, "TENANT_QUOTA", None, size),
         metrics_port=_get(env, "METRICS_PORT", 0, int),
     )
 

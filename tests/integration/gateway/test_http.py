@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from cowhand.errors import Denied, StoreUnavailable
+from cowhand.errors import Denied, QuotaExceeded, StoreUnavailable
 from cowhand.gateway import pump
 from cowhand.gateway.auth import Authority, Caller
 from cowhand.hands import transport
@@ -220,6 +220,21 @@ async def test_a_store_that_refuses_or_is_away_is_503(rig, monkeypatch):
         status, body, headers = await rig.call("GET", f"/v1/sessions/{SID}")
         assert (status, body["error"]["type"]) == (503, "api_error")
         assert int(headers["retry-after"]) in (1, 3)
+
+
+async def test_a_full_namespace_is_429_that_is_not_worth_a_retry(rig, monkeypatch):
+    await rig.create()
+
+    async def refuse(session_id, event):
+        raise QuotaExceeded("default", used=2, limit=1)
+
+    monkeypatch.setattr(rig.logs["default"], "emit_event", refuse)
+    event = {"type": "user.message", "content": [{"type": "text", "text": "hi"}]}
+    path = f"/v1/sessions/{SID}/events"
+    status, body, headers = await rig.call("POST", path, json={"events": [event]})
+    assert (status, body["error"]["type"]) == (429, "rate_limit_error")
+    assert "store.tenantQuota" in body["error"]["message"]
+    assert headers["x-should-retry"] == "false"
 
 
 async def test_health_needs_no_token_and_tells_of_store_and_broker(rig):

@@ -242,6 +242,19 @@ async def test_a_dead_store_is_said_and_healed(rig: Rig) -> None:
     assert rig.log.session(NS, names.session_id(made["metadata"]["uid"]))
 
 
+async def test_a_namespace_without_room_in_the_store_is_told_and_goes_on_later(rig: Rig) -> None:
+    rig.log.full = True
+    await rig.kube.apply(session(), manager="kubectl")
+    await rig.settle()
+    assert await rig.condition(AS, "one", "Ready") == ("False", "QuotaExceeded")
+    assert await rig.condition(AS, "one", "Reconciling") == ("True", "QuotaExceeded")
+    found = (await rig.get(AS, "one"))["status"]["conditions"]
+    assert "store.tenantQuota" in next(c["message"] for c in found if c["type"] == "Ready")
+    rig.log.full = False
+    await rig.look(AS, "one")
+    assert await rig.condition(AS, "one", "Ready") == ("True", "Accepted")
+
+
 @pytest.mark.parametrize("how", ["down", "hang"])
 async def test_deletion_gives_up_on_a_dead_store_and_finishes_later(rig: Rig, how: str) -> None:
     sid = await start(rig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cowhand.controller.logs import Logs
-from cowhand.errors import SessionNotFound, StoreMismatch, StoreUnavailable
+from cowhand.errors import QuotaExceeded, SessionNotFound, StoreMismatch, StoreUnavailable
 from support.memory_log import MemoryLog
 
 
@@ -46,3 +46,14 @@ async def test_another_store_counts_as_none() -> None:
     log = MemoryLog()
     with pytest.raises(StoreUnavailable, match="not the store"):
         await Logs(log, log.of).call(other)
+
+
+async def test_a_full_tenant_is_no_outage_for_the_others() -> None:
+    async def full() -> None:
+        raise QuotaExceeded("ns", used=2, limit=1)
+
+    log = MemoryLog()
+    logs = Logs(log, log.of)
+    with pytest.raises(QuotaExceeded):
+        await logs.call(full)
+    assert (await logs.call(lambda: log.backlog("other"))).ready == 0

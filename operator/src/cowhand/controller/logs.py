@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
-from cowhand.errors import Denied, StoreMismatch, StoreUnavailable
+from cowhand.errors import Denied, QuotaExceeded, StoreMismatch, StoreUnavailable
 from cowhand.session.log import ControlLog, SessionLog
 
 T = TypeVar("T")
@@ -48,6 +48,7 @@ class Logs:
 
         Raises:
             StoreUnavailable: it failed, took too long, or another call failed a moment ago.
+            QuotaExceeded: this tenant has no room left.
         """
         now = asyncio.get_running_loop().time()
         if self._down is not None and now < self._down[0]:
@@ -59,6 +60,8 @@ class Logs:
             text = f"The store of the log did not answer within {self._limit_s:g} s"
             self._trip(text)
             raise StoreUnavailable(text) from err
+        except QuotaExceeded:
+            raise  # one tenant's; the store itself answers
         except StoreUnavailable as err:
             self._trip(str(err))
             raise

@@ -24,6 +24,7 @@ from cowhand.controller.leader import Elector, LeaderKube
 from cowhand.controller.logs import Logs
 from cowhand.controller.operator import Operator
 from cowhand.controller.orphans import Orphans
+from cowhand.controller.quotas import QuotaController
 from cowhand.controller.sandboxes import SandboxConfig, SandboxController
 from cowhand.controller.scaling import Scaler
 from cowhand.controller.sessions import SessionController
@@ -128,7 +129,14 @@ async def _run(settings: OperatorSettings, ready_file: Path) -> None:
         metrics.LEADING.set(1)
         logs = Logs(store.control_log(), lambda namespace: store.session_log(namespace))
         operator, scaler = build(settings, LeaderKube(kube, elector.leading), logs)
-        await _until_first(elector.hold(), operator.run(), scaler.run(), _watch(settings, operator))
+        quotas = QuotaController(store.control_log(), settings.tenants, settings.tenant_quota)
+        await _until_first(
+            elector.hold(),
+            operator.run(),
+            scaler.run(),
+            quotas.run(),
+            _watch(settings, operator),
+        )
     finally:
         _show_ready(ready_file, False)
         await elector.release()

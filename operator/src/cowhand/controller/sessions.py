@@ -21,7 +21,7 @@ from cowhand.controller.orphans import Orphans
 from cowhand.controller.session_observer import Pass, SessionObserver
 from cowhand.desired import names
 from cowhand.desired.sandbox import SandboxOf, session_sandbox
-from cowhand.errors import SessionClosed, StoreUnavailable
+from cowhand.errors import QuotaExceeded, SessionClosed, StoreUnavailable
 from cowhand.kube import kinds
 from cowhand.kube.client import Kube, Manifest
 from cowhand.kube.errors import Conflict, NotFound
@@ -89,7 +89,8 @@ class SessionController:
                 plan = reconcile_session(snap, self._clock())
                 await self._act(key, snap, plan, state)
             except StoreUnavailable as err:
-                plan = reconcile_session(replace(snap, log=Unreachable(str(err))), self._clock())
+                unreachable = Unreachable(str(err), full=isinstance(err, QuotaExceeded))
+                plan = reconcile_session(replace(snap, log=unreachable), self._clock())
                 await self._act_without_store(key, snap, plan)
                 break
             if not plan.observe_again:

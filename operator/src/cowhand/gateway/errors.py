@@ -14,6 +14,7 @@ from cowhand.errors import (
     CowhandError,
     Denied,
     HandLost,
+    QuotaExceeded,
     Retryable,
     SessionClosed,
     SessionNotFound,
@@ -32,6 +33,7 @@ TYPES: Final = {
     405: "invalid_request_error",
     409: "conflict_error",
     413: "request_too_large",
+    429: "rate_limit_error",
     503: "api_error",
     504: "timeout_error",
 }
@@ -84,6 +86,8 @@ def status_of(error: BaseException) -> int:
     """HTTP status of an error; 500 for whatever was not raised on purpose."""
     if isinstance(error, TooLarge):
         return 413
+    if isinstance(error, QuotaExceeded):
+        return 429
     if isinstance(error, UserError):
         return 400
     if isinstance(error, Unknown):
@@ -112,7 +116,7 @@ def answer(error: BaseException, request_id: str) -> Answer:
     else:
         message = str(error)
     headers: dict[str, str] = {}
-    if status == 409:
+    if status in (409, 429):
         headers["x-should-retry"] = "false"
     if status == 503:
         after = error.after if isinstance(error, Retryable) else None

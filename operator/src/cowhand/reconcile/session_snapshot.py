@@ -23,9 +23,10 @@ class Absent:
 
 @dataclass(frozen=True)
 class Unreachable:
-    """The store does not answer; `message` says how."""
+    """The store does not answer; `message` says how. `full`: it does, but the tenant has no room left in it."""
 
     message: str
+    full: bool = False
 
 
 @dataclass(frozen=True)

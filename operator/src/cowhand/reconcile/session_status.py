@@ -124,7 +124,8 @@ def ready(snap: SessionSnapshot) -> Observed:
         return Observed(kind, "False", SessionReady.NAMESPACE_NOT_SERVED, _not_served(snap))
     if isinstance(log, Unreachable):
         text = f"{log.message}; it is tried again."
-        return Observed(kind, "False", SessionReady.STORE_UNAVAILABLE, text)
+        full, down = SessionReady.QUOTA_EXCEEDED, SessionReady.STORE_UNAVAILABLE
+        return Observed(kind, "False", full if log.full else down, text)
     if isinstance(log, Absent):
         return _not_in_log(snap)
     return _in_log(snap, log)
@@ -193,7 +194,8 @@ def _on_its_way(snap: SessionSnapshot) -> SessionReconciling | None:
     if not snap.served or _doomed(snap) is not None:
         return None
     if isinstance(snap.log, Unreachable):
-        return SessionReconciling.STORE_UNAVAILABLE
+        full = snap.log.full
+        return SessionReconciling.QUOTA_EXCEEDED if full else SessionReconciling.STORE_UNAVAILABLE
     if isinstance(snap.log, Absent):
         if snap.adopted:
             return None

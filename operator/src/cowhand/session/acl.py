@@ -38,10 +38,10 @@ COMMANDS: Final = (
 )
 """What every user may call, on keys and channels of its own."""
 
-CONTROL_COMMANDS: Final = ("scan", "script|load", "memory|usage", "rename")
+CONTROL_COMMANDS: Final = ("scan", "script|load", "memory|usage", "info", "rename")
 """What only the control plane may call.
 
-SCAN answers key names of all tenants; MEMORY USAGE is for quotas and the archive. A script of one's own may be
+SCAN and INFO tell of all tenants; MEMORY USAGE is for quotas and the archive. A script of one's own may be
 endless, or meet a flaw of the server's Lua engine: tenants run those alone that the control plane has loaded.
 RENAME puts a restored log in its place.
 """
@@ -77,7 +77,7 @@ def acl_rule(user: str, password_sha256: str, *, prefix: str = "cowhand") -> str
         commands += CONTROL_COMMANDS
     elif user.startswith("t-") and _NAME.fullmatch(user[2:]):
         tenant = f"{prefix}:{user[2:]}"
-        scope = f"~{tenant}:* %R~{prefix}:gen &{tenant}:*"
+        scope = f"~{tenant}:* %R~{prefix}:gen %R~{prefix}:{{p??}}:quota.{user[2:]} &{tenant}:*"
     else:
         known = ", ".join(CONTROL_USERS)
         raise UserError(f"store user {user!r} is none of {known} or t-<namespace>")

@@ -17,7 +17,8 @@ from cowhand.session.events import (
     NewEvent,
 )
 from cowhand.session.keys import GROUP, doomed
-from cowhand.session.log import Backlog, HandRecord, Mode
+from cowhand.session.log import Backlog, HandRecord, Mode, StoreUsage
+from cowhand.session.quota import Quotas
 from cowhand.session.sessions import check_event_id
 from cowhand.session.upkeep import Upkeep
 
@@ -39,6 +40,19 @@ class RedisControlLog:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._upkeeps: dict[str, Upkeep] = {}
+        self._quotas = Quotas(store)
+
+    async def store_usage(self, namespaces: Sequence[str]) -> StoreUsage:
+        """See `log.ControlLog.store_usage`."""
+        return await self._quotas.usage(namespaces)
+
+    async def put_quota(self, namespace: str, used: int, limit: int | None) -> None:
+        """See `log.ControlLog.put_quota`."""
+        await self._quotas.put(namespace, used, limit)
+
+    async def get_quota(self, namespace: str) -> tuple[int, int] | None:
+        """See `log.ControlLog.get_quota`."""
+        return await self._quotas.get(namespace)
 
     async def set_mode(self, namespace: str, session_id: str, mode: Mode, event: NewEvent) -> int:
         """See `log.ControlLog.set_mode`."""

@@ -60,6 +60,13 @@ class Keys:
         """Newest hand record of a sandbox."""
         return f"{self.base_of(uid)}sbx:{uid}"
 
+    def quotas(self) -> list[str]:
+        """The tenant's quota, once in each partition; no key of a tenant begins so."""
+        return [
+            f"{self.prefix}:{{p{partition:02d}}}:quota.{self.namespace}"
+            for partition in range(self.partitions)
+        ]
+
     def tombstone(self, digest: str) -> str:
         """Who made this run."""
         return f"{self.base_of(digest)}tomb:{digest}"
@@ -78,6 +85,11 @@ class SessionKeys:
         if suffix is not None:
             return f"{self.base}s:{self.session_id}:{suffix}"
         return self.base + _PARTITION_PARTS[part]
+
+    @property
+    def namespace(self) -> str:
+        """The tenant."""
+        return self.base.split(":")[1]
 
     @property
     def meta(self) -> str:

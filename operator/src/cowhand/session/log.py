@@ -15,7 +15,7 @@ stands with it. Called by operator, broker, gateway and harness.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -402,8 +402,36 @@ class WorkerLog(Protocol):
         """The record of one hand instance, None while there is none."""
 
 
+@dataclass(frozen=True)
+class StoreUsage:
+    """Who uses how much of the store.
+
+    Attributes:
+        max_bytes: memory that the store may use for data, 0 if it has no limit or does not tell.
+        used_bytes: memory that it uses.
+        tenants: namespace -> bytes of its keys.
+    """
+
+    max_bytes: int
+    used_bytes: int
+    tenants: Mapping[str, int]
+
+
 class ControlLog(Protocol):
     """What the operator and the broker do, across tenants."""
+
+    async def store_usage(self, namespaces: Sequence[str]) -> StoreUsage:
+        """Measure what each tenant has in the store: looks at every key, so seconds where there are many."""
+
+    async def put_quota(self, namespace: str, used: int, limit: int | None) -> None:
+        """Say how many bytes a tenant has and may have (None: no limit); it holds for ten minutes.
+
+        Beyond the limit `create_session` and `emit_event` of messages raise QuotaExceeded, beyond 9/8 of it a
+        worker's `append` too; what ends or stops a session is never refused.
+        """
+
+    async def get_quota(self, namespace: str) -> tuple[int, int] | None:
+        """(bytes used, limit) as last put, None without a limit."""
 
     async def set_mode(self, namespace: str, session_id: str, mode: Mode, event: NewEvent) -> int:
         """Suspend or resume; the event is ingested in the same script; answers its position.

@@ -16,6 +16,7 @@ from redis import exceptions as redis_errors
 
 from cowhand.errors import (
     Fenced,
+    QuotaExceeded,
     SessionClosed,
     SessionNotFound,
     StoreMismatch,
@@ -210,11 +211,11 @@ class Store:
             name, names, keys.base, keys.session_id, *args
         )
         reply = [raw[0].decode(), *raw[1:]]
-        await self._raise(keys.session_id, reply)
+        await self._raise(keys, reply)
         return reply, generation
 
-    async def _raise(self, session_id: str, reply: list[Any]) -> None:
-        code = reply[0]
+    async def _raise(self, keys: SessionKeys, reply: list[Any]) -> None:
+        code, session_id = reply[0], keys.session_id
         if code == "NOSESSION":
             await self.verify()
             raise SessionNotFound(f"there is no session {session_id}")
@@ -222,6 +223,8 @@ class Store:
             raise SessionClosed(f"session {session_id} has ended; nothing can be appended")
         if code == "FENCED":
             raise Fenced(f"session {session_id} is held by {reply[1].decode() or 'nobody'}")
+        if code == "QUOTA":
+            raise QuotaExceeded(keys.namespace, used=reply[1], limit=reply[2])
         if code == "TOOBIG":
             raise UserError(too_big(f"event {reply[1]}", reply[2], self.payloads.inline_limit))
 

@@ -160,6 +160,25 @@ TENANT_OLDEST_READY: Final = Gauge(
     registry=REGISTRY,
 )
 
+STORE_MEMORY: Final = Gauge(
+    "cowhand_store_memory_bytes",
+    "Memory of the store, by kind: used, limit (0: none)",
+    ("kind",),
+    registry=REGISTRY,
+)
+TENANT_STORE_BYTES: Final = Gauge(
+    "cowhand_tenant_store_bytes",
+    "Bytes of all keys of a tenant in the store, as last measured",
+    ("namespace",),
+    registry=REGISTRY,
+)
+TENANT_STORE_QUOTA_BYTES: Final = Gauge(
+    "cowhand_tenant_store_quota_bytes",
+    "Bytes that a tenant may have in the store; 0: no limit",
+    ("namespace",),
+    registry=REGISTRY,
+)
+
 
 def count_request(resource: str | None, status: int) -> None:
     """Count an answer of broker or gateway; `resource` is the pattern of its route, None if none matched."""
@@ -179,7 +198,13 @@ CATALOGUE: Final[tuple[tuple[str, tuple[MetricWrapperBase, ...]], ...]] = (
         ),
     ),
     ("Broker and gateway", (HTTP_REQUESTS,)),
-    ("Operator", (LEADING, TENANT_SESSIONS, TENANT_WORKERS, TENANT_OLDEST_READY)),
+    (
+        "Operator",
+        (
+            *(LEADING, TENANT_SESSIONS, TENANT_WORKERS, TENANT_OLDEST_READY),
+            *(STORE_MEMORY, TENANT_STORE_BYTES, TENANT_STORE_QUOTA_BYTES),
+        ),
+    ),
 )
 """Every metric of ours, under the process that counts it; the order is that of docs/metrics.md."""
 

@@ -71,6 +71,10 @@ class SessionReady(Reason):
         "False: the namespace is not among the chart's tenants.",
     )
     STORE_UNAVAILABLE = "StoreUnavailable", "False: the store of the log does not answer."
+    QUOTA_EXCEEDED = (
+        "QuotaExceeded",
+        "False: the namespace has used up its share of the store of the log; the message says how much it has.",
+    )
     SESSION_LOST = (
         "SessionLost",
         "False: status names a session that the store does not know: its data was lost or replaced.",
@@ -96,6 +100,10 @@ class SessionReconciling(Reason):
         "True: spec.budget has changed and the log does not say so yet.",
     )
     STORE_UNAVAILABLE = "StoreUnavailable", "True: the store does not answer; it is tried again."
+    QUOTA_EXCEEDED = (
+        "QuotaExceeded",
+        "True: it is tried again when the namespace has room in the store.",
+    )
     DELETING = "Deleting", "True: the log is being ended."
 
 

@@ -13,6 +13,10 @@ local limit = tonumber(ARGV[6])
 for i = 9, #ARGV, 2 do
   if #ARGV[i] > limit then return {'TOOBIG', (i - 9) / 2, #ARGV[i]} end
 end
+local size = #ARGV[7]
+for i = 9, #ARGV, 2 do size = size + #ARGV[i] + 128 end
+local full = no_room(size, 0.125)
+if full then return full end
 local first = tonumber(m[5])
 local nxt, now = first, now_ms()
 for i = 8, #ARGV, 2 do

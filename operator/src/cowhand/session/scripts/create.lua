@@ -7,6 +7,10 @@ local n = tonumber(ARGV[6])
 for i = 0, n - 1 do
   if #ARGV[9 + i * 3] > tonumber(ARGV[5]) then return {'TOOBIG', i, #ARGV[9 + i * 3]} end
 end
+local size = 1024
+for i = 0, n - 1 do size = size + #ARGV[9 + i * 3] + 192 end
+local full = no_room(size, 0)
+if full then return full end
 local now = now_ms()
 redis.call('DEL', LOG, DEDUPE)
 for i = 0, n - 1 do

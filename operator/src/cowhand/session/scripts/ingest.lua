@@ -8,6 +8,9 @@ local dup = redis.call('HGET', DEDUPE, ARGV[3])
 if dup then return {'DUP', tonumber(dup)} end
 if ended(state) then return {'CLOSED', state} end
 if #ARGV[5] > tonumber(ARGV[6]) then return {'TOOBIG', 0, #ARGV[5]} end
+-- Small answers and interrupts always find room: they are how one gets out.
+local full = no_room(#ARGV[5] + 192, ARGV[4] == 'user.message' and 0 or #ARGV[5] <= 4096 and 1 or 0.125)
+if full then return full end
 local now = now_ms()
 local seq = tonumber(nxt)
 put(LOG, seq, ARGV[4], ARGV[3], now, '', ARGV[5])

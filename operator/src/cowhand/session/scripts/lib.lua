@@ -49,6 +49,22 @@ local function enqueue(meta, ready)
   redis.call('HSET', meta, 'rdy', redis.call('XADD', ready, '*', 's', SID))
 end
 
+-- Count `size` bytes against the tenant's quota; answers what to reply if there is no room for them. Only the
+-- control plane writes the quota: id of a measurement, bytes left then, limit, bytes used then. What was written
+-- since is counted in a key of the tenant's own: whoever forges it is found out by the next measurement.
+-- `part` of the limit may be used on top: so much that a turn that runs can end.
+local function no_room(size, part)
+  local prefix, ns, tag = string.match(BASE, '^([^:]+):([^:]+):([^:]+):$')
+  local quota = redis.call('GET', prefix .. ':' .. tag .. ':quota.' .. ns)
+  local id, left, limit, used = string.match(quota or '', '^(%d+) (%-?%d+) (%d+) (%d+)$')
+  if not id then return nil end
+  local grown = BASE .. 'grown:' .. id
+  local sum = (tonumber(redis.call('GET', grown) or '0') or 0) + size
+  if sum > left + limit * part then return {'QUOTA', used + sum - size, tonumber(limit)} end
+  redis.call('SET', grown, string.format('%d', sum), 'PX', 600000)
+  return nil
+end
+
 local function ended(state)
   return state == 'closed' or state == 'terminated'
 end

@@ -57,11 +57,11 @@ def big(number: int, size: int = 20_000) -> NewEvent:
     return make.message(f"m{number}", "x" * size)
 
 
-async def fill(store: Store, sid: str) -> int:
+async def fill(store: Store, sid: str, first: int = 0) -> int:
     """Messages until the store refuses one; answers how many it took."""
     for number in range(1000):
         try:
-            await store.session_log().emit_event(sid, big(number))
+            await store.session_log().emit_event(sid, big(first + number))
         except QuotaExceeded:
             return number
     raise AssertionError("no quota")
@@ -81,6 +81,7 @@ async def test_one_tenant_is_full_and_the_other_goes_on(control, tenants):
     assert await second.session_log().emit_event(theirs, big(1)) == 3
     # The measurement says the same, in every partition.
     await measure(control)
+    assert await fill(first, mine, 100) <= 2
     told = r"team-a uses \d+ of the 200000 bytes.*tenantQuota"
     with pytest.raises(QuotaExceeded, match=told) as caught:
         await first.session_log().emit_event(mine, big(999))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cowhand.broker.policy import Caller
+from cowhand.kube.review import Caller
 from cowhand.wire.keys import SigningKey
 from cowhand.wire.tokens import HandClaims, sign
 from support.trust import (
@@ -195,7 +195,7 @@ def no_token_review(patch: pytest.MonkeyPatch) -> None:
     async def caller(self: Any, authorization: str) -> Caller:
         return Caller("u", NAMESPACE, "cowhand-harness", HARNESS_POD, "harness")
 
-    patch.setattr("cowhand.broker.review.Reviewer.caller", caller)
+    patch.setattr("cowhand.kube.review.Reviewer.caller", caller)
 
 
 def no_lease_check(patch: pytest.MonkeyPatch) -> None:

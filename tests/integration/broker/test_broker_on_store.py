@@ -12,7 +12,7 @@ import pytest
 from cowhand import session
 from cowhand.broker.app import Broker, Names, Refused
 from cowhand.broker.keys import KeyStore
-from cowhand.broker.policy import Caller
+from cowhand.kube.review import Caller
 from cowhand.session.events import NewEvent
 from cowhand.session.log import Lease, StoreConfig
 from cowhand.session.store import Store

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cowhand.broker import policy
-from cowhand.broker.policy import Caller, Refusal, Registration
+from cowhand.broker.policy import Registration
+from cowhand.kube.review import Caller, Refusal, caller_of, check_pod_account
 from cowhand.session.log import HandRecord, SessionMeta, SessionState
 
 SESSION = "sesn_" + "a" * 32
@@ -34,7 +35,7 @@ def review(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_caller_is_what_the_review_says() -> None:
-    assert policy.caller_of(review()) == POD
+    assert caller_of(review(), "cowhand-broker") == POD
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_a_caller_is_what_the_review_says() -> None:
     ids=str,
 )
 def test_reviews_that_make_no_caller(changes: dict[str, Any], kind: str) -> None:
-    found = policy.caller_of(review(**changes))
+    found = caller_of(review(**changes), "cowhand-broker")
     assert isinstance(found, Refusal)
     assert found.type == kind
 
@@ -71,7 +72,7 @@ def test_reviews_that_make_no_caller(changes: dict[str, Any], kind: str) -> None
 )
 def test_a_pod_account(changes: dict[str, str], fits: bool) -> None:
     caller = dataclasses.replace(POD, **changes)
-    assert (policy.check_pod_account(caller, "cowhand-sandbox", ["team"]) is None) is fits
+    assert (check_pod_account(caller, "cowhand-sandbox", ["team"]) is None) is fits
 
 
 @pytest.mark.parametrize(

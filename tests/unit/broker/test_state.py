@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from cowhand.broker.keys import KeyStore
-from cowhand.broker.policy import Caller, Refusal
-from cowhand.broker.review import Reviewer
 from cowhand.broker.secrets import ModelKeys, SecretText
 from cowhand.errors import UserError
 from cowhand.kube import kinds
 from cowhand.kube.errors import KubeUnavailable
+from cowhand.kube.review import Caller, Refusal, Reviewer
 from support.memory_kube import MemoryKube
 from support.trust import MODEL_KEY, NAMESPACE, World
 
@@ -33,7 +32,7 @@ class Clock:
 async def test_a_token_is_reviewed_once_a_minute_and_once_for_many() -> None:
     world, clock = World(), Clock()
     world.token("t", "cowhand-harness", uid="p")
-    reviewer = Reviewer(world.kube, clock=clock)
+    reviewer = Reviewer(world.kube, "cowhand-broker", clock=clock)
     found = await asyncio.gather(*(reviewer.caller("Bearer t") for _ in range(5)))
     assert all(isinstance(caller, Caller) for caller in found)
     assert world.reviews == 1
@@ -53,7 +52,7 @@ async def test_a_token_is_reviewed_once_a_minute_and_once_for_many() -> None:
 )
 async def test_headers_without_a_token_ask_nobody(header: str) -> None:
     world = World()
-    assert isinstance(await Reviewer(world.kube).caller(header), Refusal)
+    assert isinstance(await Reviewer(world.kube, "cowhand-broker").caller(header), Refusal)
     assert world.reviews == 0
 
 
@@ -61,7 +60,7 @@ async def test_a_failed_review_is_not_remembered() -> None:
     world = World()
     world.token("t", "cowhand-harness", uid="p")
     world.kube.fail("create", kinds.TOKEN_REVIEW, KubeUnavailable("away"))
-    reviewer = Reviewer(world.kube)
+    reviewer = Reviewer(world.kube, "cowhand-broker")
     with pytest.raises(KubeUnavailable):
         await reviewer.caller("Bearer t")
     assert isinstance(await reviewer.caller("Bearer t"), Caller)

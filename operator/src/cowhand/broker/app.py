@@ -12,14 +12,14 @@ from typing import Any, Final, TypeVar
 
 from aiohttp import web
 
+from cowhand.api import labels
 from cowhand.broker import policy
 from cowhand.broker.keys import KeyStore
-from cowhand.broker.policy import Caller, Refusal
-from cowhand.broker.review import Reviewer
 from cowhand.broker.secrets import ModelKeys
 from cowhand.errors import Denied, Retryable, SessionNotFound, UserError
 from cowhand.kube import kinds
 from cowhand.kube.client import Kube
+from cowhand.kube.review import STATUS, Caller, Refusal, Reviewer, check_pod_account
 from cowhand.session.log import ControlLog, HandRecord, SessionLog
 from cowhand.telemetry.metrics import count_request
 from cowhand.wire.keys import dump_keys
@@ -29,14 +29,6 @@ from cowhand.wire.tokens import MAX_LIFETIME_S, HandClaims, sign
 log = logging.getLogger(__name__)
 
 MAX_BODY: Final = 64 * 1024
-
-_STATUS: Final = {
-    "unauthenticated": 401,
-    "forbidden": 403,
-    "not_found": 404,
-    "invalid": 400,
-    "unavailable": 503,
-}
 
 T = TypeVar("T")
 
@@ -101,7 +93,7 @@ class Broker:
         self._keys = keys
         self._names = names
         self._clock = clock
-        self._reviewer = Reviewer(kube)
+        self._reviewer = Reviewer(kube, labels.AUDIENCE_BROKER)
         self._model_keys = ModelKeys(kube)
 
     def application(self) -> web.Application:
@@ -202,7 +194,7 @@ class Broker:
         return allowed(await self._model_keys.credential(caller.namespace, model, rejected))
 
     def _only(self, caller: Caller, account: str) -> None:
-        refusal = policy.check_pod_account(caller, account, self._names.tenants)
+        refusal = check_pod_account(caller, account, self._names.tenants)
         if refusal is not None:
             raise Refused(refusal)
 
@@ -295,7 +287,7 @@ async def _body(request: web.Request) -> Mapping[str, Any]:
 
 
 def _refused(refusal: Refusal) -> web.Response:
-    status = _STATUS[refusal.type]
+    status = STATUS[refusal.type]
     headers = {"retry-after": "2"} if status == 503 else {}
     error = {"error": {"type": refusal.type, "message": refusal.message}}
     return web.json_response(error, status=status, headers=headers)

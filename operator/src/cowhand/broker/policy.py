@@ -11,82 +11,15 @@ import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from cowhand.api import labels
+from cowhand.kube.review import Caller, Refusal
 from cowhand.session.log import HandRecord, SessionState
 
-POD_UID_EXTRA: Final = "authentication.kubernetes.io/pod-uid"
-POD_NAME_EXTRA: Final = "authentication.kubernetes.io/pod-name"
-
-_ACCOUNT: Final = re.compile(r"system:serviceaccount:([a-z0-9-]{1,63}):([a-z0-9.-]{1,253})")
 _SESSION: Final = re.compile(r"sesn_[0-9a-f]{32}")
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
-
-Kind = Literal["unauthenticated", "forbidden", "not_found", "invalid", "unavailable"]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why something is not given; the message is for people and never quotes a secret."""
-
-    type: Kind
-    message: str
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Whom a token belongs to, by TokenReview.
-
-    Attributes:
-        user: user name.
-        namespace: namespace of the service account.
-        account: name of the service account.
-        pod_uid: uid of the pod that the token is bound to, or empty.
-        pod_name: its name, or empty.
-    """
-
-    user: str
-    namespace: str
-    account: str
-    pod_uid: str
-    pod_name: str
-
-
-def caller_of(status: Mapping[str, Any]) -> Caller | Refusal:
-    """The caller from the `status` of a TokenReview; it must be for our audience."""
-    if status.get("authenticated") is not True:
-        return Refusal("unauthenticated", "The API server does not accept this token.")
-    if labels.AUDIENCE_BROKER not in (status.get("audiences") or ()):
-        text = f"The token is not for the audience {labels.AUDIENCE_BROKER}."
-        return Refusal("unauthenticated", text)
-    user = status.get("user") or {}
-    name = str(user.get("username") or "")
-    match = _ACCOUNT.fullmatch(name)
-    if match is None:
-        return Refusal("forbidden", "Only service accounts are served here.")
-    extra = user.get("extra") or {}
-    return Caller(
-        name, match[1], match[2], _only(extra, POD_UID_EXTRA), _only(extra, POD_NAME_EXTRA)
-    )
-
-
-def _only(extra: Mapping[str, Any], name: str) -> str:
-    values = list(extra.get(name) or ())
-    return str(values[0]) if len(values) == 1 else ""
-
-
-def check_pod_account(caller: Caller, account: str, tenants: Sequence[str]) -> Refusal | None:
-    """The caller must be a pod of this service account in a namespace that we serve."""
-    if caller.account != account:
-        text = f"The service account {caller.account} may not do this; {account} may."
-        return Refusal("forbidden", text)
-    if caller.namespace not in tenants:
-        return Refusal("forbidden", f"The namespace {caller.namespace} is not a tenant.")
-    if not caller.pod_uid or not caller.pod_name:
-        return Refusal("forbidden", "The token is not bound to a pod; use a projected token.")
-    return None
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from cowhand.api import labels
-from cowhand.broker.policy import Refusal, check_allowed_host, secret_of
+from cowhand.broker.policy import check_allowed_host, secret_of
 from cowhand.kube import kinds
 from cowhand.kube.client import Kube
 from cowhand.kube.errors import Forbidden
+from cowhand.kube.review import Refusal
 
 CACHE_S: Final = 60.0
 """A changed Secret is seen after at most this long."""

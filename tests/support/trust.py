@@ -168,7 +168,14 @@ class World:
         self.kube.review = self._review
 
     def token(
-        self, text: str, account: str, *, namespace: str = NAMESPACE, uid: str = "", name: str = ""
+        self,
+        text: str,
+        account: str,
+        *,
+        namespace: str = NAMESPACE,
+        uid: str = "",
+        name: str = "",
+        audience: str = "cowhand-broker",
     ) -> str:
         """Make a token that the API server knows."""
         extra = {}
@@ -178,7 +185,7 @@ class World:
         user = {"username": f"system:serviceaccount:{namespace}:{account}", "extra": extra}
         self.tokens[text] = {
             "authenticated": True,
-            "audiences": ["cowhand-broker"],
+            "audiences": [audience],
             "user": user,
         }
         return text

@@ -90,6 +90,28 @@ def store(env: Mapping[str, str] | None = None) -> StoreSettings:
 
 
 @dataclass(frozen=True)
+class ArchiveAccess:
+    """How a process with a token of its own reaches the archive: `COWHAND_ARCHIVE_*`."""
+
+    url: str
+    """`https://host:port` (`COWHAND_ARCHIVE_URL`); empty: there is none, payloads stand inline."""
+    ca_file: str = "/etc/cowhand/ca/ca.crt"
+    """CA of the archive (`COWHAND_CA_FILE`)."""
+    token_file: str = "/var/run/secrets/cowhand-archive/token"  # noqa: S105 - a path
+    """Projected token with audience cowhand-archive (`COWHAND_ARCHIVE_TOKEN_FILE`)."""
+
+
+def archive_access(env: Mapping[str, str]) -> ArchiveAccess:
+    """Access to the archive from the environment."""
+    default = ArchiveAccess("")
+    return ArchiveAccess(
+        url=_get(env, "ARCHIVE_URL", "", str),
+        ca_file=_get(env, "CA_FILE", default.ca_file, str),
+        token_file=_get(env, "ARCHIVE_TOKEN_FILE", default.token_file, str),
+    )
+
+
+@dataclass(frozen=True)
 class OperatorSettings:
     """`cowhand operator`."""
 
@@ -129,6 +151,8 @@ class OperatorSettings:
     equal share of 80 % of the store's memory)."""
     metrics_port: int = 0
     """Port of the metrics, plain HTTP (`COWHAND_METRICS_PORT`, default 0: none)."""
+    archive: ArchiveAccess = ArchiveAccess("")
+    """Where large payloads and old events are."""
 
 
 def operator(env: Mapping[str, str] | None = None) -> OperatorSettings:
@@ -153,6 +177,7 @@ def operator(env: Mapping[str, str] | None = None) -> OperatorSettings:
         lease_seconds=_get(env, "LEASE_SECONDS", 30, int),
         tenant_quota=_get(env, "TENANT_QUOTA", None, size),
         metrics_port=_get(env, "METRICS_PORT", 0, int),
+        archive=archive_access(env),
     )
 
 
@@ -179,6 +204,8 @@ class HarnessSettings:
     """How long a tool call waits for its sandbox (default 180)."""
     metrics_port: int = 0
     """Port of the metrics, plain HTTP (`COWHAND_METRICS_PORT`, default 0: none)."""
+    archive: bool = False
+    """Whether there is an archive behind the proxy (`COWHAND_ARCHIVE`, `true` or `false`, default false)."""
 
 
 def harness(env: Mapping[str, str] | None = None) -> HarnessSettings:
@@ -195,6 +222,7 @@ def harness(env: Mapping[str, str] | None = None) -> HarnessSettings:
         max_tool_output=_get(env, "MAX_TOOL_OUTPUT", 30_000, int),
         hand_wait_s=_get(env, "HAND_WAIT_SECONDS", 180.0, float),
         metrics_port=_get(env, "METRICS_PORT", 0, int),
+        archive=_get(env, "ARCHIVE", "false", str) == "true",
     )
 
 
@@ -218,6 +246,10 @@ class ProxySettings:
     """Port of sandboxd on loopback (default 7070)."""
     ready_file: str
     """Written when the proxy is ready (default /run/cowhand/ready)."""
+    namespace: str = ""
+    """The tenant (`COWHAND_NAMESPACE`); needed in a harness pod with an archive."""
+    archive: ArchiveAccess = ArchiveAccess("")
+    """Where large payloads and old events are; harness pods only."""
 
 
 def proxy(env: Mapping[str, str] | None = None) -> ProxySettings:
@@ -236,6 +268,8 @@ def proxy(env: Mapping[str, str] | None = None) -> ProxySettings:
         listen_port=_get(env, "LISTEN_PORT", 8443 if sandbox else 8181, int),
         sandboxd_port=_get(env, "SANDBOXD_PORT", 7070, int),
         ready_file=_get(env, "READY_FILE", "/run/cowhand/ready", str),
+        namespace=_get(env, "NAMESPACE", "", str),
+        archive=archive_access(env),
     )
 
 
@@ -308,6 +342,8 @@ class GatewaySettings:
     """Projected token with audience cowhand-broker."""
     metrics_port: int = 0
     """Port of the metrics, plain HTTP (`COWHAND_METRICS_PORT`, default 0: none)."""
+    archive: ArchiveAccess = ArchiveAccess("")
+    """Where large payloads and old events are."""
 
 
 def gateway(env: Mapping[str, str] | None = None) -> GatewaySettings:
@@ -323,7 +359,64 @@ def gateway(env: Mapping[str, str] | None = None) -> GatewaySettings:
         ca_file=_get(env, "CA_FILE", "/etc/cowhand/ca/ca.crt", str),
         token_file=_get(env, "TOKEN_FILE", "/var/run/secrets/cowhand/token", str),
         metrics_port=_get(env, "METRICS_PORT", 0, int),
+        archive=archive_access(env),
     )
+
+
+@dataclass(frozen=True)
+class ArchiveSettings:
+    """`cowhand archive`."""
+
+    store: StoreSettings
+    tenants: tuple[str, ...]
+    """Namespaces that are served."""
+    objects_url: str
+    """Where the objects are (`COWHAND_OBJECTS_URL`): file:///folder, s3://, gs:// or az://bucket/prefix."""
+    objects_options: Mapping[str, str]
+    """Options of a bucket (`COWHAND_OBJECTS_OPTIONS`, JSON object of strings, as obstore names them)."""
+    objects_config_dir: str
+    """Folder with one file for each further option, such as credentials (`COWHAND_OBJECTS_CONFIG_DIR`)."""
+    control_accounts: tuple[str, ...]
+    """User names that may ask for every tenant (default: gateway and operator of the own namespace)."""
+    harness_account: str
+    """ServiceAccount name of harness pods in a tenant (default cowhand-harness)."""
+    listen_port: int
+    """Default 8443."""
+    tls_cert: str
+    """PEM file (default /etc/cowhand/tls/tls.crt)."""
+    tls_key: str
+    """PEM file (default /etc/cowhand/tls/tls.key)."""
+    metrics_port: int = 0
+    """Port of the metrics, plain HTTP (`COWHAND_METRICS_PORT`, default 0: none)."""
+
+
+def archive(env: Mapping[str, str] | None = None) -> ArchiveSettings:
+    """Settings of `cowhand archive`."""
+    env = os.environ if env is None else env
+    namespace = _need(env, "NAMESPACE")
+    account = f"system:serviceaccount:{namespace}:cowhand-"
+    return ArchiveSettings(
+        store=store(env),
+        tenants=_words(_need(env, "TENANTS")),
+        objects_url=_need(env, "OBJECTS_URL"),
+        objects_options=_get(env, "OBJECTS_OPTIONS", {}, _texts),
+        objects_config_dir=_get(env, "OBJECTS_CONFIG_DIR", "", str),
+        control_accounts=_get(
+            env, "CONTROL_ACCOUNTS", (f"{account}gateway", f"{account}operator"), _words
+        ),
+        harness_account=_get(env, "HARNESS_ACCOUNT", "cowhand-harness", str),
+        listen_port=_get(env, "LISTEN_PORT", 8443, int),
+        tls_cert=_get(env, "TLS_CERT", "/etc/cowhand/tls/tls.crt", str),
+        tls_key=_get(env, "TLS_KEY", "/etc/cowhand/tls/tls.key", str),
+        metrics_port=_get(env, "METRICS_PORT", 0, int),
+    )
+
+
+def _texts(raw: str) -> dict[str, str]:
+    found = json.loads(raw)
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("it must be a JSON object of strings")
+    return found
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Rig:
 
     async def put(self, sid: str, first: int, last: int) -> bool:
         """Archive these positions, as the archive process does: the segment first."""
-        self.archive.put(NS, sid, await self.hot.stored(NS, sid, first, last - first + 1))
+        self.archive.put(NS, sid, await self.hot.stored(NS, sid, first, last - first + 1, 10**9))
         return await self.hot.archived(NS, sid, first, last)
 
     async def length(self, sid: str) -> int:
@@ -224,7 +224,7 @@ async def test_large_payloads_of_every_writer_are_blobs_in_the_store(
     await worker.beat()
     lease = await make.take(worker, sid)
     assert await worker.append(lease, [make.result(BIG), make.result("small")]) == 6
-    stored = await rig.hot.stored(NS, sid, 1, 100)
+    stored = await rig.hot.stored(NS, sid, 1, 100, 10**9)
     assert max(len(event.payload) for event in stored) < 500
     assert len(rig.archive.blobs[NS, sid]) == 4
     async with connect(StoreConfig(store_url), namespace=NS, archive=rig.archive) as other:
@@ -261,7 +261,7 @@ async def test_a_blob_is_durable_before_the_append_and_nothing_is_written_withou
         await rig.log.create_session(
             make.meta(make.new_sid()), [make.created(), make.message("m", BIG)]
         )
-    assert len(await rig.hot.stored(NS, sid, 1, 100)) == 3
+    assert len(await rig.hot.stored(NS, sid, 1, 100, 10**9)) == 3
     assert await worker.append(lease, [make.result("small")]) == 4, "small ones need no archive"
     rig.archive.down = False
     assert await worker.append(lease, [make.result(BIG)]) == 5

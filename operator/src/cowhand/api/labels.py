@@ -26,6 +26,7 @@ COMPONENT_BROKER: Final = "broker"
 COMPONENT_GATEWAY: Final = "gateway"
 COMPONENT_HARNESS: Final = "harness"
 COMPONENT_STORE: Final = "store"
+COMPONENT_ARCHIVE: Final = "archive"
 COMPONENT_SANDBOX: Final = "sandbox"
 
 # Annotations.
@@ -59,6 +60,7 @@ STORE_ACL_SECRET: Final = "cowhand-store-acl"  # noqa: S105 - the name of a Secr
 # Token audiences.
 AUDIENCE_BROKER: Final = "cowhand-broker"
 AUDIENCE_GATEWAY: Final = "cowhand-gateway"
+AUDIENCE_ARCHIVE: Final = "cowhand-archive"
 
 # User ids inside our pods.
 UID_COWHAND: Final = 62017

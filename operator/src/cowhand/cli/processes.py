@@ -37,6 +37,9 @@ PROCESSES = {
     "proxy": Process("proxy", settings.proxy, "the credential proxy of a harness or sandbox pod"),
     "broker": Process("broker", settings.broker, "give proxies short-lived credentials"),
     "gateway": Process("gateway", settings.gateway, "the HTTP API for people and clients"),
+    "archive": Process(
+        "archive", settings.archive, "keep large payloads and old events in a volume or a bucket"
+    ),
     "bootstrap": Process(
         "bootstrap", settings.bootstrap, "make CA, certificates and store users where missing"
     ),

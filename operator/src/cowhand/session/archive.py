@@ -75,12 +75,13 @@ def wanted(log: HotLog, now_ms: int) -> bool:
     events = log.next_seq - log.first
     if events <= 0:
         return False
-    if log.closed or _rests(log, now_ms):
+    if log.closed or rests(log, now_ms):
         return True
     return events > HOT_EVENTS or log.size > HOT_BYTES
 
 
-def _rests(log: HotLog, now_ms: int) -> bool:
+def rests(log: HotLog, now_ms: int) -> bool:
+    """Whether nobody holds or waits for the session, and nothing was written for long."""
     return not log.held and log.newest_ms > 0 and now_ms - log.newest_ms > IDLE_MS
 
 
@@ -97,7 +98,7 @@ def archive_until(log: HotLog, hot: Sequence[Event], now_ms: int) -> int:
     """
     if not wanted(log, now_ms) or not hot:
         return 0
-    if log.closed or _rests(log, now_ms):
+    if log.closed or rests(log, now_ms):
         return hot[-1].seq
     starts = [event.seq for event in hot if event.type in WINDOW_STARTS]
     keep_from = starts[-1] - KEEP_EVENTS if starts else log.next_seq - KEEP_UNMARKED

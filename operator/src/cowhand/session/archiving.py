@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final
 
-from cowhand.errors import LogIncompatible
+from cowhand.errors import LogIncompatible, SessionNotFound
 from cowhand.session import codec
 from cowhand.session.archive import HotLog
 from cowhand.session.events import Event
@@ -74,11 +74,13 @@ class RedisArchiveLog(ArchiveLog):
         seconds, micros = await self._store.reads.call("TIME")
         return int(seconds) * 1000 + int(micros) // 1000
 
-    async def stored(self, namespace: str, session_id: str, start: int, count: int) -> list[Event]:
+    async def stored(
+        self, namespace: str, session_id: str, start: int, count: int, size: int
+    ) -> list[Event]:
         """See `log.ArchiveLog.stored`."""
         key = self._store.keys(namespace).session(session_id).log
         events: list[Event] = []
-        while len(events) < count:
+        while len(events) < count and sum(len(event.payload) for event in events) <= size:
             step = min(CHUNK, count - len(events))
             raw = await self._store.reads.call("XRANGE", key, f"{start}-0", "+", "COUNT", step)
             events += [codec.event(entry) for entry in raw]
@@ -86,6 +88,14 @@ class RedisArchiveLog(ArchiveLog):
                 break
             start = events[-1].seq + 1
         return events
+
+    async def next_seq(self, namespace: str, session_id: str) -> int:
+        """See `log.ArchiveLog.next_seq`."""
+        meta = self._store.keys(namespace).session(session_id).meta
+        found = await self._store.reads.call("HGET", meta, "next")
+        if found is None:
+            raise SessionNotFound(f"there is no session {session_id}")
+        return int(found)
 
     async def archived(self, namespace: str, session_id: str, first: int, last: int) -> bool:
         """See `log.ArchiveLog.archived`."""

@@ -516,8 +516,16 @@ class ArchiveLog(Protocol):
     async def now_ms(self) -> int:
         """The store's clock."""
 
-    async def stored(self, namespace: str, session_id: str, start: int, count: int) -> list[Event]:
-        """Entries from a position on as they stand in the store: references are not resolved."""
+    async def stored(
+        self, namespace: str, session_id: str, start: int, count: int, size: int
+    ) -> list[Event]:
+        """Entries from a position on as they stand in the store: references are not resolved.
+
+        At most `count`, and none after those before it have more than `size` bytes of payloads.
+        """
+
+    async def next_seq(self, namespace: str, session_id: str) -> int:
+        """Position of the next event. Raises SessionNotFound."""
 
     async def archived(self, namespace: str, session_id: str, first: int, last: int) -> bool:
         """Take positions that are durable in the archive out of the store.

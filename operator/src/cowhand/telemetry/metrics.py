@@ -129,13 +129,29 @@ TOOL_SECONDS: Final = Histogram(
     registry=REGISTRY,
 )
 
-# Broker and gateway.
+# Broker, gateway and archive.
 
 HTTP_REQUESTS: Final = Counter(
     "cowhand_http_requests_total",
-    "Requests that were answered by broker or gateway, by route (its pattern) and status code; a stream"
+    "Requests that were answered by broker, gateway or archive, by route (its pattern) and status code; a stream"
     " counts when it begins",
     ("route", "code"),
+    registry=REGISTRY,
+)
+
+# Archive.
+
+ARCHIVE_SEGMENTS: Final = Counter(
+    "cowhand_archive_segments_total",
+    "Segments of logs, by outcome: written, adopted (another archiver had written it), conflict (the log differs"
+    " from what is archived: nothing was taken out of the store)",
+    ("outcome",),
+    registry=REGISTRY,
+)
+ARCHIVE_DELETED: Final = Counter(
+    "cowhand_archive_deleted_total",
+    "Objects that were deleted, by why: session (its policy says so), orphan (a blob that no event refers to)",
+    ("why",),
     registry=REGISTRY,
 )
 
@@ -197,7 +213,8 @@ CATALOGUE: Final[tuple[tuple[str, tuple[MetricWrapperBase, ...]], ...]] = (
             *(TOKENS, TOOL_CALLS, TOOL_SECONDS),
         ),
     ),
-    ("Broker and gateway", (HTTP_REQUESTS,)),
+    ("Broker, gateway and archive", (HTTP_REQUESTS,)),
+    ("Archive", (ARCHIVE_SEGMENTS, ARCHIVE_DELETED)),
     (
         "Operator",
         (
@@ -216,8 +233,8 @@ def document() -> str:
         "",
         "# Metrics",
         "",
-        "Operator, harness, broker and gateway serve their metrics in Prometheus' text format over plain HTTP, path",
-        "`/metrics`, container port `metrics` (9090; `COWHAND_METRICS_PORT`, 0 turns it off). The port is closed to",
+        "Operator, harness, broker, gateway and archive serve their metrics in Prometheus' text format over plain",
+        "HTTP, path `/metrics`, container port `metrics` (9090; `COWHAND_METRICS_PORT`, 0 turns it off). Closed to",
         "everybody outside the release's namespace until `metrics.from` opens it; `metrics.podMonitor.enabled` makes a",
         "PodMonitor for the Prometheus operator. Credential proxies serve none. Besides these every process has",
         "`process_*` (CPU, memory, open files).",

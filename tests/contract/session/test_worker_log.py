@@ -11,7 +11,7 @@ from cowhand.errors import Fenced, SessionClosed, StoreUnavailable, UserError
 from cowhand.session import events as ev
 from cowhand.session import link as link_module
 from cowhand.session.events import INLINE_LIMIT
-from cowhand.session.log import Held, Parked
+from cowhand.session.log import Held, Lease, Parked
 from support import sessions as make
 
 
@@ -358,6 +358,28 @@ async def test_a_claim_in_doubt_is_nominated_again(log_roles, cut, monkeypatch, 
     await work.aclose()
     lease = await make.take(log_roles.worker, sid)
     assert lease.next_seq == 4, "there is one wake, not two"
+
+
+async def test_nominating_a_claim_in_doubt_lets_others_run(log_roles, monkeypatch):
+    """A reader that asks for more work before its claim has run must not keep the event loop for itself."""
+    sid = await make.start(log_roles.log)
+    worker = log_roles.worker
+
+    async def unreachable(*_args):
+        raise StoreUnavailable("for a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log_roles.store, "script", unreachable)
+        with pytest.raises(StoreUnavailable):
+            await worker.claim(sid)
+    work = worker.work()
+    assert await asyncio.wait_for(anext(work), 60) == sid
+    turns = []
+    asyncio.get_running_loop().call_soon(turns.append, "others")
+    assert await anext(work) == sid
+    assert turns, "nominated without a wait: a loop over this would never let a claim run"
+    assert isinstance(await worker.claim(sid), Lease)
+    await work.aclose()
 
 
 async def test_a_cancelled_append_is_not_half_done(log_roles):

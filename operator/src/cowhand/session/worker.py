@@ -146,12 +146,14 @@ class RedisWorkerLog:
                 if generation != link.generation:
                     await self._make_groups(link, ready)
                     generation = link.generation
-                found: list[str] = list(self._unsure_claims)
+                found: list[str] = []
                 if clock.time() >= orphans_at:
                     orphans_at = clock.time() + ORPHAN_SECONDS
                     found += await self._orphans(link, ready)
                 if not found:
-                    found = await self._read(link, ready)
+                    # Never without a wait: the claim that makes a nomination certain needs its turn.
+                    found = await self._read(link, ready, block=not self._unsure_claims)
+                found += [sid for sid in self._unsure_claims if sid not in found]
                 pause = 0.05
             except (OSError, TimeoutError, redis_errors.RedisError, CowhandError) as err:
                 error = translate(err)
@@ -225,7 +227,7 @@ class RedisWorkerLog:
 
     async def claim(self, session_id: str) -> Lease | Held:
         """See `log.WorkerLog.claim`."""
-        nonce = self._unsure_claims.get(session_id) or secrets.token_hex(6)
+        nonce = self._unsure_claims.pop(session_id, "") or secrets.token_hex(6)
         ids = self._nominated.get(session_id, set()).copy()
         keys = self._keys.session(session_id)
         try:
@@ -240,7 +242,6 @@ class RedisWorkerLog:
             reply = ["NOSESSION"]
         except SessionClosed:
             reply = ["CLOSED"]
-        self._unsure_claims.pop(session_id, None)
         CLAIMS.labels(reply[0].lower()).inc()
         if reply[0] == "DEADWORKER":
             return Held("DEADWORKER")

@@ -127,7 +127,7 @@ async def test_bootstrap_needs_no_more_than_the_chart_gives(api: Api, render: Re
     install_rights(api, render, "bootstrap")
     await bootstrap(api)
     made = data(api)
-    assert len(made) == 11
+    assert len(made) == 13
     await asyncio.gather(bootstrap(api), bootstrap(api))
     assert data(api) == made
 
@@ -208,7 +208,7 @@ async def test_teardown_needs_no_more_than_the_chart_gives(
         assert session["spec"]["operatingMode"] == "Suspended"
         assert "finalizers" not in session["metadata"]
         assert api.exists(api.system, "pvc", "data-cowhand-store-0")
-        assert len(data(api)) == 11
+        assert len(data(api)) == 13
     else:
         assert not api.exists(api.tenant, "agentsession", "s")
         claim = api.kubectl(

@@ -67,13 +67,6 @@ STORE_BARRIER_SECONDS: Final = Histogram(
     buckets=FAST,
     registry=REGISTRY,
 )
-STORE_INFO: Final = Gauge(
-    "cowhand_store_info",
-    "Always 1; the labels say which server it is, the durability profile that was asked for, and the one"
-    " that it gives",
-    ("server", "version", "demanded", "effective"),
-    registry=REGISTRY,
-)
 
 # Harness.
 
@@ -204,7 +197,7 @@ def count_request(resource: str | None, status: int) -> None:
 CATALOGUE: Final[tuple[tuple[str, tuple[MetricWrapperBase, ...]], ...]] = (
     (
         "Every process that uses the store",
-        (STORE_SCRIPTS, STORE_SCRIPT_SECONDS, STORE_BARRIER_SECONDS, STORE_INFO),
+        (STORE_SCRIPTS, STORE_SCRIPT_SECONDS, STORE_BARRIER_SECONDS),
     ),
     (
         "Harness",

@@ -15,8 +15,7 @@ demo: setup cluster images install ## Everything from nothing: cluster, images, 
 	$(PY) hack/demo.py
 
 .PHONY: test
-test: setup ## Everything from nothing: all tests
-	@MAKE="$(MAKE)" hack/test.sh
+test: lint verify unit cluster images install e2e ## Everything from nothing: all tests
 
 .PHONY: setup
 setup: ## Make .venv with the pinned dependencies
@@ -45,7 +44,7 @@ uninstall: ## Remove Cowhand from the cluster; resources and the log stay (PURGE
 .PHONY: unit
 unit: setup ## Tests without a cluster: unit, contract, integration, adversarial, chart
 	@hack/test-packages.sh ensure && hack/store.sh ensure >/dev/null && hack/tools.sh ensure
-	$(PYTEST) -n 3 --dist loadfile -m "not e2e and not apiserver" tests
+	$(PYTEST) -n 2 --dist loadfile -m "not e2e and not apiserver" tests
 	@hack/test-packages.sh go
 
 .PHONY: e2e

@@ -112,4 +112,4 @@ CONTROLS: dict[str, Callable[[], dict[str, lua.Script]]] = {
 @pytest.mark.parametrize("defence", CONTROLS)
 def test_histories_find_a_missing_defence(store_url: str, defence: str) -> None:
     with pytest.raises((AssertionError, BaseExceptionGroup)):
-        histories(store_url, CONTROLS[defence](), count=300, steps=50, shrink=False)
+        histories(store_url, CONTROLS[defence](), count=1500, steps=50, shrink=False)

@@ -56,6 +56,7 @@ class Store:
     """One server process; `start` and `kill` may alternate, the data folder stays.
 
     `acl` is the text of a users.acl; `tls` is (certificate, key, ca) as PEM paths, and makes the port TLS only.
+    `fsync` is appendfsync: with `everysec` a kill may lose what a slow disk kept the server from writing.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class Store:
         *,
         acl: str | None = None,
         tls: tuple[str, str, str] | None = None,
+        fsync: str = "everysec",
     ) -> None:
         self.binary = binary or find()
         self.folder = Path(tempfile.mkdtemp(prefix="cowhand-store-"))
         self.port = 0
         self.acl = acl
         self.tls = tls
+        self.fsync = fsync
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -90,7 +93,7 @@ class Store:
             self.binary,
             *port,
             *("--bind", "127.0.0.1", "--dir", str(self.folder), "--daemonize", "no"),
-            *("--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
+            *("--appendonly", "yes", "--appendfsync", self.fsync, "--save", ""),
             *("--maxmemory-policy", "noeviction", "--loglevel", "warning"),
         ]
 
@@ -159,4 +162,33 @@ class Store:
             for path in self.folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
+        self.start()
+
+    def _end(self) -> None:
+        """SIGTERM: the server writes what it still holds (`everysec`) before it ends."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None
+
+    def swap_for_empty(self) -> Path:
+        """Stop, and come back on the same port without the data; answers where that is kept (see `swap_back`)."""
+        self._end()
+        aside = self.folder / "aside"
+        aside.mkdir()
+        for path in self.folder.iterdir():
+            if path.is_dir() and path != aside:
+                path.rename(aside / path.name)
+        self.start()
+        return aside
+
+    def swap_back(self, aside: Path) -> None:
+        """Stop, and come back with the data of before `swap_for_empty`."""
+        self._end()
+        for path in self.folder.iterdir():
+            if path.is_dir() and path != aside:
+                shutil.rmtree(path)
+        for path in aside.iterdir():
+            path.rename(self.folder / path.name)
+        aside.rmdir()
         self.start()

@@ -110,6 +110,36 @@ async def test_an_empty_server_in_its_place_is_noticed(server, store):
             await attempt
 
 
+async def test_who_follows_goes_on_when_the_right_data_is_back(server, store):
+    """The pub/sub connection that met a wrong store must not stay refused for good."""
+    log = store.session_log()
+    sid = await make.start(log)
+    nudges = store.control_log().projection_nudges(["team-a"])
+    assert await anext(nudges) == "team-a"
+    aside = await asyncio.to_thread(server.swap_for_empty)
+    with pytest.raises(StoreMismatch):
+        await anext(nudges)
+    for attempt in (
+        anext(log.follow(sid)),
+        anext(store.control_log().projection_nudges(["team-a"])),
+    ):
+        with pytest.raises(StoreMismatch):
+            await attempt
+    await asyncio.to_thread(server.swap_back, aside)
+    events = log.follow(sid)
+    assert (await anext(events)).seq == 1
+    await anext(events)
+    waiting = asyncio.ensure_future(anext(events))
+    await asyncio.sleep(0)
+    await log.emit_event(sid, make.message("m1"))
+    assert (await waiting).seq == 3
+    nudges = store.control_log().projection_nudges(["team-a"])
+    assert await anext(nudges) == "team-a"
+    again = asyncio.ensure_future(anext(nudges))
+    await make.start(log)
+    assert await asyncio.wait_for(again, 60) == "team-a"
+
+
 async def test_an_empty_server_without_an_identity_is_not_adopted(server, store):
     await store.check()
     await asyncio.to_thread(server.restart, empty=True)
@@ -257,7 +287,7 @@ async def test_a_tenant_does_all_its_work_and_the_control_plane_too(guarded):
 async def test_nothing_acknowledged_is_lost_when_a_guarded_store_restarts():
     """The append-only file is replayed as the default user, each script as a transaction (see users_acl)."""
     hashed = {user: hashlib.sha256(f"pw-{user}".encode()).hexdigest() for user in USERS}
-    server = Server(acl=users_acl(hashed, ["team-a"])).start()
+    server = Server(acl=users_acl(hashed, ["team-a"]), fsync="always").start()
     try:
         async with as_user(server, "operator") as control:
             sid = await make.start(control.session_log())

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from cowhand.errors import Denied, QuotaExceeded, StoreUnavailable
+from cowhand.errors import Denied, QuotaExceeded, StoreMismatch, StoreUnavailable, Terminal
 from cowhand.gateway import pump
 from cowhand.gateway.auth import Authority, Caller
 from cowhand.hands import transport
@@ -211,7 +211,11 @@ async def test_the_gateways_own_missing_rights_are_not_the_callers_fault(rig, er
 
 
 async def test_a_store_that_refuses_or_is_away_is_503(rig, monkeypatch):
-    for error in (Denied("WRONGPASS"), StoreUnavailable("away", after=3)):
+    for error in (
+        Denied("WRONGPASS"),
+        StoreUnavailable("away", after=3),
+        StoreMismatch("the store is another one"),
+    ):
 
         async def refuse(session_id, error=error):
             raise error
@@ -220,6 +224,24 @@ async def test_a_store_that_refuses_or_is_away_is_503(rig, monkeypatch):
         status, body, headers = await rig.call("GET", f"/v1/sessions/{SID}")
         assert (status, body["error"]["type"]) == (503, "api_error")
         assert int(headers["retry-after"]) in (1, 3)
+
+
+async def test_what_the_caller_is_not_shown_stands_in_the_log(rig, monkeypatch, caplog):
+    await rig.create()
+
+    async def refuse(*args, **kwargs):
+        raise Terminal("the store refuses the command: ERR odd")
+        yield
+
+    monkeypatch.setattr(rig.logs["default"], "follow", refuse)
+    path = f"/v1/sessions/{SID}/log?follow=true"
+    async with rig.http.get(rig.url + path, headers={"x-api-key": "jane-token"}) as answered:
+        last = json.loads((await answered.text()).splitlines()[-1])
+    request_id = answered.headers["request-id"]
+    assert request_id in last["error"]["message"]
+    assert "ERR odd" not in last["error"]["message"]
+    (record,) = [r for r in caplog.records if getattr(r, "request_id", "") == request_id]
+    assert "ERR odd" in str(record.exc_info)
 
 
 async def test_a_full_namespace_is_429_that_is_not_worth_a_retry(rig, monkeypatch):

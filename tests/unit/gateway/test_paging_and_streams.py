@@ -240,6 +240,28 @@ async def test_a_client_that_takes_nothing_for_long_is_cut_off(monkeypatch):
     assert client.closed
 
 
+class Gone(asyncio.Transport):
+    """A TLS transport whose connection is gone: asyncio's `abort` fails with AttributeError then."""
+
+    def abort(self):
+        raise AttributeError("'NoneType' object has no attribute '_abort'")
+
+    def is_closing(self):
+        return True
+
+
+async def test_a_client_that_has_gone_is_no_error_of_ours():
+    class Reset(Client):
+        async def write(self, data):
+            raise ConnectionResetError("Cannot write to closing transport")
+
+    client = Reset()
+    one = follower(client)
+    one.transport = Gone()
+    await one.run(long_log().follow(SID, 1))
+    assert client.closed
+
+
 async def test_silence_is_filled_with_pings(monkeypatch):
     monkeypatch.setattr(pump, "PING_S", 0.001)
     stopping = asyncio.Event()

@@ -25,7 +25,7 @@ from cowhand.gateway import exec as sandbox_exec
 from cowhand.gateway import log as rawlog
 from cowhand.gateway.auth import Authority, Caller, Clock, Expiring, Right
 from cowhand.gateway.broker import Broker
-from cowhand.gateway.errors import Conflict, Forbidden, NotFound, answer, envelope
+from cowhand.gateway.errors import Answer, Conflict, Forbidden, NotFound, answer, envelope
 from cowhand.gateway.pump import Follower
 from cowhand.gateway.sessions import session_object
 from cowhand.gateway.sse import PING, Renderer, error_frame, resume_position
@@ -119,18 +119,26 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)
     except web.HTTPException as err:
         response = _json(envelope(err.status, _http_message(request, err), request_id), err.status)
-    except CowhandError as err:
-        failed = answer(err, request_id)
-        response = _json(failed.body, failed.status, failed.headers)
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception as err:
-        logger.exception("request failed", extra={"request_id": request_id, "path": request.path})
-        failed = answer(err, request_id)
+        failed = _answer(request, err)
         response = _json(failed.body, failed.status, failed.headers)
     if not response.prepared:
         response.headers["request-id"] = request_id
     return response
+
+
+def _answer(request: web.Request, err: Exception) -> Answer:
+    """The answer for an error. One whose text the caller does not see is logged under the request's id."""
+    failed = answer(err, request[REQUEST_ID])
+    if failed.status == 500:
+        logger.error(
+            "request failed",
+            extra={"request_id": request[REQUEST_ID], "path": request.path},
+            exc_info=err,
+        )
+    return failed
 
 
 def _http_message(request: web.Request, err: web.HTTPException) -> str:
@@ -367,7 +375,7 @@ async def read_log(request: web.Request) -> web.StreamResponse:
                 if line := query.render(event):
                     await response.write(line)
     except CowhandError as err:
-        await response.write(rawlog.error_line(answer(err, request[REQUEST_ID]).body))
+        await response.write(rawlog.error_line(_answer(request, err).body))
     return response
 
 
@@ -381,7 +389,7 @@ async def export_session(request: web.Request) -> web.StreamResponse:
         async for line in rawlog.export_lines(target.log, target.state, _wall_ms()):
             await response.write(line)
     except CowhandError as err:
-        await response.write(rawlog.error_line(answer(err, request[REQUEST_ID]).body))
+        await response.write(rawlog.error_line(_answer(request, err).body))
     return response
 
 
@@ -410,7 +418,7 @@ async def _follow(
         await follower.run(target.log.follow(target.session_id, start))
     except CowhandError as err:
         # The status line is gone: the error travels as the last thing of the stream.
-        await response.write(failed(answer(err, request[REQUEST_ID]).body))
+        await response.write(failed(_answer(request, err).body))
 
 
 async def execute(request: web.Request) -> web.Response:

@@ -18,6 +18,7 @@ from cowhand.errors import (
     Retryable,
     SessionClosed,
     SessionNotFound,
+    StoreMismatch,
     Unauthenticated,
     UserError,
 )
@@ -99,7 +100,8 @@ def status_of(error: BaseException) -> int:
     if isinstance(error, SessionClosed | Conflict | HandLost):
         return 409
     # Any other refusal is of the gateway itself, by the store, Kubernetes or the broker: not the caller's fault.
-    if isinstance(error, Retryable | Denied):
+    # So is another store in the place of ours: the caller's request is right when that is mended.
+    if isinstance(error, Retryable | Denied | StoreMismatch):
         return 503
     return 500
 

@@ -86,7 +86,9 @@ class Follower:
             # The client left or takes nothing: there is nobody to tell.
             self.response.force_close()
             if isinstance(self.transport, asyncio.Transport):
-                self.transport.abort()
+                # asyncio: a TLS transport whose connection is lost has no protocol left to abort.
+                with contextlib.suppress(AttributeError):
+                    self.transport.abort()
         finally:
             await _end(stop, pending, source)
 

@@ -86,10 +86,10 @@ class Hub:
     async def subscribe(self, channels: Iterable[str]) -> AsyncIterator[Subscription]:
         """Subscribe for the length of the block; entered when the server has confirmed each channel.
 
-        While the store does not answer it is entered after PING_SECONDS all the same: the caller polls.
+        While the store does not answer it is entered after PING_SECONDS all the same: the caller polls. Raises
+        StoreMismatch, Denied; the next subscriber tries anew, for the right store may be back by then.
         """
-        if self._error is not None:
-            raise self._error
+        self._forget_refusal()
         subscription = Subscription(frozenset(channels))
         new = [channel for channel in subscription.channels if channel not in self._subscriptions]
         for channel in new:
@@ -127,6 +127,16 @@ class Hub:
         if not self._tasks:
             loop = asyncio.get_running_loop()
             self._tasks = [loop.create_task(self._read()), loop.create_task(self._ping())]
+
+    def _forget_refusal(self) -> None:
+        """Let a reader that was refused connect once more; those that it has failed are on their way out."""
+        if self._error is None:
+            return
+        self._error = None
+        self._confirmed = {channel: asyncio.Event() for channel in self._subscriptions}
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
 
     async def _send(self, command: tuple[str, ...]) -> None:
         """Send without reading; a failure is noticed by the reader, which subscribes anew."""

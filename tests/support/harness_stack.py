@@ -130,6 +130,8 @@ class Stack:
     model_url: str
     proxy_url: str
     http: aiohttp.ClientSession
+    model: asyncio.subprocess.Process
+    broker: StubBroker
     pods: dict[tuple[str, str, int], SandboxPod] = field(default_factory=dict)
     workers: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
     follows: list[asyncio.Task[None]] = field(default_factory=list)
@@ -244,7 +246,7 @@ class Stack:
         env = {
             "COWHAND_STORE_URL": self.url, "COWHAND_NAMESPACE": NAMESPACE,
             "COWHAND_POD_UID": pod_uid, "COWHAND_PROXY_URL": self.proxy_url,
-            "COWHAND_STORE_PARTITIONS": "2", **settings,
+            "COWHAND_STORE_PARTITIONS": str(self.store.config.partitions), **settings,
         }  # fmt: skip
         with (self.folder / f"{pod_uid}.log").open("ab") as out:
             self.workers[pod_uid] = await asyncio.create_subprocess_exec(
@@ -326,8 +328,8 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def stack(store_url: str, folder: Path) -> AsyncIterator[Stack]:
-    """Everything but workers, which a test starts itself."""
+async def stack(store_url: str, folder: Path, *, partitions: int = 2) -> AsyncIterator[Stack]:
+    """Everything but workers, which a test (or a benchmark) starts itself."""
     key, port = SigningKey.generate(), free_port()
     model = await start_process(
         "model_server",
@@ -343,14 +345,15 @@ async def stack(store_url: str, folder: Path) -> AsyncIterator[Stack]:
     proxy = harness_proxy.HarnessProxy(broker)  # type: ignore[arg-type]
     server = Server(proxy.app, harness_proxy.render)
     await server.start("127.0.0.1", 0)
-    config = StoreConfig(url=store_url, partitions=2)
+    config = StoreConfig(url=store_url, partitions=partitions)
     async with (
         aiohttp.ClientSession() as http,
         session.connect(config, namespace=NAMESPACE) as store,
     ):
         made = Stack(
-            store, store_url, folder, key, model_url, f"http://127.0.0.1:{server.port}", http
-        )
+            store, store_url, folder, key, model_url, f"http://127.0.0.1:{server.port}", http, model,
+            broker,
+        )  # fmt: skip
 
         async def answers() -> bool:
             with contextlib.suppress(aiohttp.ClientError):

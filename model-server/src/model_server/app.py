@@ -231,8 +231,10 @@ class ModelServer:
         )
 
     async def _requests(self, request: web.Request) -> web.Response:
-        session = request.query.get("session")
-        found = [r.as_json() for r in self.control.records if session in (None, r.session)]
+        session, bodies = request.query.get("session"), request.query.get("bodies") != "0"
+        found = [
+            r.as_json(body=bodies) for r in self.control.records if session in (None, r.session)
+        ]
         return web.json_response({"requests": found, "dropped": self.control.dropped})
 
     async def _gates(self, request: web.Request) -> web.Response:

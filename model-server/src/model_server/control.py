@@ -27,12 +27,12 @@ class Recorded:
     outcome: str = "running"
     """`ok`, `refused`, `fault:<kind>`, or `gone` when the client went away."""
 
-    def as_json(self) -> Json:
-        """The form of the control API."""
+    def as_json(self, *, body: bool = True) -> Json:
+        """The form of the control API; without its body on request, for there may be many."""
         return {
             "session": self.session,
             "received_at": self.received_at,
-            "body": self.body.decode("utf-8", "replace"),
+            "body": self.body.decode("utf-8", "replace") if body else None,
             "headers": self.headers,
             "turn": self.turn,
             "status": self.status,

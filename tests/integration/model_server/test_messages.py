@@ -237,6 +237,8 @@ async def test_recorder_keeps_each_body_as_received(model: ModelRig) -> None:
     assert found[0]["received_at"] <= found[1]["received_at"]
     assert "x-api-key" not in json.dumps(found)
     assert len((await model.control("GET", "/requests"))["requests"]) == 3
+    short = (await model.control("GET", "/requests?session=sesn_a&bodies=0"))["requests"]
+    assert short == [{**one, "body": None} for one in found]
     await model.control("DELETE", "")
     assert (await model.control("GET", "/requests"))["requests"] == []
 

@@ -52,7 +52,12 @@ GOOD: dict[str, Json] = {
                 "mountPath": "/workspace/repo",
             }
         ],
-        "budget": {"maxTokens": 100000, "maxToolCalls": 20},
+        "budget": {
+            "maxTokens": 100000,
+            "maxToolCalls": 20,
+            "maxCost": "2.50",
+            "maxDurationSeconds": 3600,
+        },
         "runID": "2026-11",
     },
     "Sandbox": {
@@ -384,6 +389,8 @@ BAD: tuple[Bad, ...] = (
     ),
     _case("operating-mode", "AgentSession", "operatingMode", "Paused", "spec.operatingMode"),
     _case("deletion-policy", "AgentSession", "deletionPolicy", "Keep", "spec.deletionPolicy"),
+    _case("budget-cost", "AgentSession", "budget.maxCost", "2,50", "spec.budget.maxCost"),
+    _case("budget-time", "AgentSession", "budget.maxDurationSeconds", 0, "maxDurationSeconds"),
     _case("budget-zero", "AgentSession", "budget.maxTokens", 0, "spec.budget.maxTokens"),
     _case(
         "ttl-negative",

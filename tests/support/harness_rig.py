@@ -49,6 +49,7 @@ def created(
     hands: bool = True,
     assembler: int = 1,
     custom: Sequence[str] = (),
+    prices: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Data of a `session.created`; `custom` are names of custom tools."""
     allowed = {**dict.fromkeys(ALL_TOOLS, "Allow"), **(permissions or {})}
@@ -66,6 +67,7 @@ def created(
             custom=[custom_tool(name, "for a test", {"type": "object"}) for name in custom],
         ),
         "custom_tools": list(custom),
+        **({"prices": dict(prices)} if prices else {}),
         "permissions": allowed,
         "hands": [hand] if hands else [],
         "resources": [],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from cowhand.errors import SessionClosed
-from cowhand.harness.decide import MAX_ATTEMPTS
+from cowhand.harness.decide import MAX_ATTEMPTS, OUT_OF_TIME
 from cowhand.harness.loop import End
 from cowhand.harness.stream import ModelError
 from cowhand.session import events as ev
@@ -135,3 +136,41 @@ async def test_visible_text_is_previewed_and_never_logged() -> None:
     )
     assert await rig.run() is End.PARKED
     assert [piece for _, piece in heard] == ["hel", "lo"]
+
+
+@pytest.mark.parametrize("timed", [True, False])
+async def test_running_time_cuts_a_tool_that_runs(timed: bool) -> None:
+    """Without the limit the call goes on: the control."""
+
+    def script(request: dict[str, Any]) -> dict[str, Any]:
+        return message(tool_use("t"), stop_reason="tool_use")
+
+    made = world(budget={"max_duration_s": 1} if timed else {})
+    rig = Rig(made, script)
+    begun, cut = asyncio.Event(), asyncio.Event()
+    ask = rig.transport.request
+
+    async def hang(endpoint: Any, method: str, path: str, **more: Any) -> Any:
+        if method == "DELETE":
+            cut.set()
+            return 200, {}
+        if method != "POST":
+            return await ask(endpoint, method, path, **more)
+        begun.set()
+        return await asyncio.Event().wait()
+
+    rig.transport.request = hang  # type: ignore[method-assign]
+    running = asyncio.create_task(rig.run())
+    await begun.wait()
+    if not timed:
+        await asyncio.wait({running}, timeout=1.5)
+        assert not running.done()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        return
+    assert await running is End.PARKED
+    assert cut.is_set(), "the hand was told"
+    (result,) = made.data(ev.TOOL_RESULT)
+    assert result["content"] == OUT_OF_TIME
+    stop = made.data(ev.STATUS_IDLE)[-1]["stop_reason"]
+    assert stop == {"type": "budget_reached", "budget": "max_duration_s"}

@@ -15,6 +15,7 @@ from cowhand.controller.freeze import (
     freeze,
     tombstone,
 )
+from cowhand.errors import UserError
 from cowhand.session.events import INLINE_LIMIT
 
 DEFAULTS = FreezeDefaults(
@@ -142,3 +143,35 @@ def test_name_and_namespace_count_and_later_messages_do_not() -> None:
     short, long = session(messages=[a]).spec, session(messages=[a, b]).spec
     assert tombstone("ns", "one", short) == tombstone("ns", "one", long)
     assert tombstone("ns", "one", short) != tombstone("ns", "one", session(messages=[b]).spec)
+
+
+def test_prices_are_frozen_where_they_are_known() -> None:
+    assert "prices" not in frozen().events[0].data
+    listed = frozen({"model": {"id": "claude-sonnet-5-5"}}).events[0].data["prices"]
+    assert (listed["input"], listed["output"], listed["cache_write_5m"]) == (2000, 10_000, 2500)
+    own = {"model": {"id": "m", "prices": {"input": "0.5", "output": "1"}}}
+    assert frozen(own, budget={"maxCost": "2.50"}).events[0].data["prices"]["cache_read"] == 50
+
+
+@pytest.mark.parametrize(
+    ("model", "price"),
+    [
+        ("claude-opus-4-20250514", 15_000),
+        ("claude-opus-4-5-20251101", 5000),
+        ("claude-opus-5-5", 4000),
+    ],
+)
+def test_the_longest_prefix_of_the_price_list_counts(model: str, price: int) -> None:
+    assert frozen({"model": {"id": model}}).events[0].data["prices"]["input"] == price
+
+
+def test_a_cost_limit_for_an_unknown_model_is_refused_with_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"set model\.prices of the agent") as caught:
+        frozen(budget={"maxCost": "1"})
+    assert caught.value.field == "budget.maxCost"
+
+
+def test_a_budget_in_money_and_time_is_in_the_log_in_whole_units() -> None:
+    of = {"model": {"id": "claude-opus-5-5"}}
+    data = frozen(of, budget={"maxCost": "2.50", "maxDurationSeconds": 60}).events[0].data
+    assert data["budget"] == {"max_cost_microusd": 2_500_000, "max_duration_s": 60}

@@ -20,6 +20,7 @@ from cowhand.api.v1alpha1 import (
     Hand,
     PinnedAgent,
 )
+from cowhand.controller import prices
 from cowhand.desired import environment as environments
 from cowhand.errors import UserError
 from cowhand.hands import toolset
@@ -232,6 +233,16 @@ def _created(
         "budget": wanted_budget(spec),
         "assembler": ASSEMBLER,
     }
+    known = prices.prices(agent.model.id, agent.model.prices)
+    if known is not None:
+        body["prices"] = known
+    elif spec.budget is not None and spec.budget.max_cost is not None:
+        raise UserError(
+            f"budget.maxCost needs the price of model {agent.model.id!r}, which is in no list here: set "
+            "model.prices of the agent (input and output, US dollars a million tokens) or leave "
+            "maxCost out",
+            field="budget.maxCost",
+        )
     if custom:
         body["custom_tools"] = [tool["name"] for tool in custom]
     if spec.title:

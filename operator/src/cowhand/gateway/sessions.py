@@ -47,13 +47,22 @@ def session_object(state: SessionState, created: Event, newest: Event) -> dict[s
                 "ephemeral_1h_input_tokens": 0,
             },
         },
-        "budget": None,
+        "budget": _budget(state.budget),
         "deployment_id": None,
         "created_at": rfc3339(state.created_ms),
         "updated_at": rfc3339(newest.ts),
         "archived_at": None,
         "cowhand": _extension(state),
     }
+
+
+def _budget(limits: Mapping[str, int]) -> dict[str, Any] | None:
+    """The official budget is an amount of money in cents; the other limits stand in `session.updated`."""
+    cost = limits.get("max_cost_microusd")
+    if cost is None:
+        return None
+    amount = {"amount": str(cost // 10_000), "currency": "USD"}
+    return {"type": "limit", "max_list_cost": amount}
 
 
 def _agent(data: Mapping[str, Any]) -> dict[str, Any]:

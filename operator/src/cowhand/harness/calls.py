@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from cowhand.hands.toolset import ToolClass, tool_class
+from cowhand.harness import budget
 from cowhand.harness.fold import Answer, Conversation, Decision, ToolUse
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent, input_sha256
@@ -21,6 +22,7 @@ CUT_CALL: Final = (
     "The output limit (max_tokens) cut this call off before its input was complete, so it did not "
     "run. Make the input smaller, for example by writing a file in several steps."
 )
+NO_CALLS_LEFT: Final = "The session's budget of tool calls is used up, so this call did not run."
 OTHER_ARGUMENTS: Final = (
     "The approval of this call was given for other arguments than these, so it did not run."
 )
@@ -126,6 +128,14 @@ def _permission(created: Mapping[str, Any], name: str) -> str:
     return permission if permission in ("Allow", "Deny") else "Ask"
 
 
+def _within(
+    uses: Sequence[ToolUse], resolved: Collection[str], begun: Collection[str], left: int | None
+) -> frozenset[str]:
+    """Open calls that the budget lets begin; those that have begun count already."""
+    new = [use.id for use in uses if use.id not in resolved and use.id not in begun]
+    return frozenset(new if left is None else new[:left])
+
+
 def plan_tools(
     created: Mapping[str, Any],
     uses: Sequence[ToolUse],
@@ -135,24 +145,30 @@ def plan_tools(
     asked: Collection[str] = (),
     decisions: Mapping[str, Decision] | None = None,
     answers: Mapping[str, Answer] | None = None,
+    left: int | None = None,
 ) -> ToolPlan:
     """Sort open tool calls into refused, answered, waiting and runnable.
 
     Calls run in the order of their blocks: all at once if every one that may run is pure, otherwise
     the first alone. A call that waits for an approval holds back those after it; one that waits for
     its client (a custom tool) holds back nothing. A call that was started is never refused any more.
+    Of the others `left` may begin (None: all); each beyond that gets an error.
     """
     decisions, answers = decisions or {}, answers or {}
     events: list[NewEvent] = []
     runnable: list[ToolCall] = []
     blocked: list[str] = []
     held = False
+    known = {*started, *(use.id for use in uses if use.custom and use.id in asked)}
+    within = _within(uses, resolved, known, left)
     for use in uses:
         if use.id in resolved:
             continue
         permission, decision = _permission(created, use.name), decisions.get(use.id)
         begun = use.id in started
         refusal = None if begun else _refusal(created, use, permission, decision)
+        if refusal is None and use.id not in known and use.id not in within:
+            refusal = NO_CALLS_LEFT
         if refusal is not None:
             events.append(synthesized(use, refusal))
         elif use.custom and use.id in answers:
@@ -182,4 +198,5 @@ def plan_open(conversation: Conversation, *, resolved: Collection[str] = ()) -> 
         asked=conversation.asked,
         decisions=conversation.decisions,
         answers=conversation.answers,
+        left=budget.calls_left(conversation),
     )

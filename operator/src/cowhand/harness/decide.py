@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from cowhand.harness import budget
 from cowhand.harness.calls import INTERRUPTED, ToolCall, plan_open, synthesized
 from cowhand.harness.fold import Conversation
-from cowhand.harness.status import total_tokens
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
 
@@ -42,6 +42,10 @@ RETRYABLE: Final = frozenset(
 )
 """Types of model errors that another attempt may cure; every other type ends the turn at once."""
 
+OUT_OF_TIME: Final = (
+    "The session's budget of running time is used up: this call was stopped, or did not start. It may have "
+    "partly executed."
+)
 FORKED: Final = (
     "This session was forked while the call was open: its result stayed in the other session, and so did "
     "the sandbox with its files. The next tool call starts a new, empty sandbox."
@@ -109,9 +113,9 @@ def backoff(failures: int, retry_after: float | None) -> tuple[float, float]:
     return floor, floor + top
 
 
-def idle(reason: str, event_ids: Sequence[str] = ()) -> NewEvent:
+def idle(reason: str, event_ids: Sequence[str] = (), **more: str) -> NewEvent:
     """`session.status_idle` with this stop reason."""
-    stop: dict[str, Any] = {"type": reason}
+    stop: dict[str, Any] = {"type": reason, **more}
     if event_ids:
         stop["event_ids"] = list(event_ids)
     return NewEvent(ev.STATUS_IDLE, {"stop_reason": stop})
@@ -159,19 +163,22 @@ def _tools_step(conversation: Conversation) -> Step:
 
 
 def over_budget(conversation: Conversation) -> bool:
-    """A limit of the budget is reached; checked before each request."""
-    budget = conversation.budget
-    tokens, calls = budget.get("max_tokens"), budget.get("max_tool_calls")
-    return (tokens is not None and total_tokens(conversation.status) >= tokens) or (
-        calls is not None and conversation.status["tool_calls"] >= calls
-    )
+    """The next request does not fit the budget."""
+    return budget.allowance(conversation, conversation.wanted_tokens).max_tokens == 0
+
+
+def _budget_reached(conversation: Conversation, limit: str) -> Step:
+    """End the turn because of a limit; calls that run are stopped, and their results say why."""
+    if conversation.refused:
+        return Park()
+    cut = (synthesized(use, OUT_OF_TIME) for use in conversation.unresolved)
+    return Append((*cut, idle("budget_reached", budget=limit)))
 
 
 def _request_step(conversation: Conversation) -> Step:
-    if over_budget(conversation):
-        if conversation.refused:
-            return Park()
-        return Append((idle("budget_reached"),))
+    allowed = budget.allowance(conversation, conversation.wanted_tokens)
+    if not allowed.max_tokens:
+        return _budget_reached(conversation, allowed.reached)
     if not conversation.prefix_matches():
         return _give_up(
             conversation,
@@ -188,15 +195,16 @@ def _request_step(conversation: Conversation) -> Step:
             n=last.n,
             attempt=last.attempt + 1,
             horizon=last.horizon,
-            max_tokens=conversation.max_tokens,
+            max_tokens=allowed.max_tokens,
             backoff=backoff(conversation.failures, after),
-            accept_cut=conversation.limit_step > 0,
+            accept_cut=conversation.limit_step > 0 or bool(allowed.reached),
         )
     return SendRequest(
         n=conversation.n + 1,
         attempt=1,
         horizon=conversation.last_seq,
-        max_tokens=int(conversation.base["max_tokens"]),
+        max_tokens=allowed.max_tokens,
+        accept_cut=bool(allowed.reached),
     )
 
 
@@ -259,12 +267,15 @@ def _leftover(conversation: Conversation) -> Step | None:
     return None
 
 
-def next_step(conversation: Conversation, *, provisioned: bool = False) -> Step:
+def next_step(
+    conversation: Conversation, *, provisioned: bool = False, now_ms: int | None = None
+) -> Step:
     """The next step of a session; see the module.
 
     Args:
         conversation: the folded log.
         provisioned: this worker has already waited for the eager hands.
+        now_ms: time by the store's clock, for the limit of running time; None: it is not looked at.
     """
     if conversation.closed:
         return Stop()
@@ -274,6 +285,9 @@ def next_step(conversation: Conversation, *, provisioned: bool = False) -> Step:
     if step is not None:
         return step
     if not conversation.ended or conversation.triggered:
+        left = None if now_ms is None else budget.seconds_left(conversation, now_ms)
+        if left is not None and left <= 0:
+            return _budget_reached(conversation, budget.MAX_DURATION)
         return _work_step(conversation, provisioned)
     return Park()
 

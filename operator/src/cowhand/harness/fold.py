@@ -136,6 +136,10 @@ class Conversation:
         suspended: the session is suspended.
         closed: the log has ended.
         budget: limits in force, of `session.created` or the newest `session.updated`.
+        ran_ms: milliseconds of running, up to the newest idle.
+        running_since: when it began to run after that, milliseconds; None while idle.
+        context_tokens: input and output tokens of the newest response; 0: none counts any more.
+        counted_messages: messages that `context_tokens` counts.
         refused: the budget stopped the session after the newest message came.
         wakes: wakes in a row without progress.
         lineage: of a fork: (session, last position that it wrote), oldest first.
@@ -170,6 +174,10 @@ class Conversation:
     suspended: bool = False
     closed: bool = False
     budget: Mapping[str, Any] = field(default_factory=dict)
+    ran_ms: int = 0
+    running_since: int | None = None
+    context_tokens: int = 0
+    counted_messages: int = 0
     refused: bool = False
     wakes: int = 0
     lineage: tuple[tuple[str, int], ...] = ()
@@ -214,6 +222,11 @@ class Conversation:
         """Output limit of the next request."""
         limit = int(self.base["max_tokens"])
         return limit * 2 if self.limit_step == 1 else limit
+
+    @property
+    def wanted_tokens(self) -> int:
+        """Output limit that the next request would like; a new one begins with the frozen limit."""
+        return self.max_tokens if self.retry else int(self.base["max_tokens"])
 
     @property
     def paused(self) -> bool:
@@ -304,9 +317,23 @@ class Conversation:
             _check(event)
             data = event.data
             self.status = st.after(self.status, [(event.type, data)])
+            self._time(event)
             self._payload = event.payload
             handler(self, event.seq, data)
         self.last_seq = event.seq
+
+    def running_ms(self, now_ms: int) -> int:
+        """Milliseconds that the session has run up to a time of the store; idle time does not count."""
+        since = self.running_since
+        return self.ran_ms + (0 if since is None else max(0, now_ms - since))
+
+    def _time(self, event: Event) -> None:
+        if event.type == ev.SESSION_FORKED:
+            self.ran_ms, self.running_since = 0, None
+        elif event.type in (ev.STATUS_IDLE, ev.STATUS_RESCHEDULED):
+            self.ran_ms, self.running_since = self.running_ms(event.ts), None
+        elif event.type in _RUNNING and self.running_since is None:
+            self.running_since = event.ts
 
     def _created(self, seq: int, data: Mapping[str, Any]) -> None:
         if data.get("assembler") != ASSEMBLER:
@@ -394,7 +421,7 @@ class Conversation:
             horizon=int(data["horizon"]),
             prefix_sha=str(data["prefix_sha"]),
             n_messages=int(data["n_messages"]),
-            max_tokens=self.max_tokens,
+            max_tokens=int(data.get("max_tokens") or self.max_tokens),
         )
         self.open_request = True
         self.error = None
@@ -435,6 +462,8 @@ class Conversation:
         blocks = response_blocks(self._payload)
         if blocks:
             self.messages.append(Message("assistant", blocks))
+        self.context_tokens = st.context_tokens(message)
+        self.counted_messages = len(self.messages)
         self.uses = tool_uses(message, self.custom_tools)
         self._asked_at = seq
         continued = self.stop_reason == "pause_turn" or (
@@ -448,6 +477,7 @@ class Conversation:
         system = (Queued(0, one.blocks, system=True) for one in cut if one.role == "system")
         self.queued = [*system, *self.queued]
         del self.messages[self._turn_start :]
+        self.context_tokens = 0
         if self._turn_results:
             self.messages.append(Message("user", self._turn_results))
         self._clear_tools()
@@ -535,6 +565,9 @@ def tool_uses(
         uses.append(ToolUse(str(item["id"]), name, given, cut, name in custom))
     return tuple(uses)
 
+
+_RUNNING: Final = frozenset({ev.STATUS_RUNNING, ev.MODEL_REQUEST_START, ev.TOOL_STARTED})
+"""Events after which a session runs, until it is idle again."""
 
 _CUTTING: Final = frozenset({"max_tokens", "model_context_window_exceeded"})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar
 
@@ -48,9 +49,20 @@ class Journal:
         worker: the worker's side of the log.
         reader: reads events.
         lease: the claimed session.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, worker: WorkerLog, reader: SessionLog, lease: Lease) -> None:
+    def __init__(
+        self,
+        worker: WorkerLog,
+        reader: SessionLog,
+        lease: Lease,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._newest_ms = 0
+        self._ahead_ms = 0.0
         self.lease = lease
         self.conversation = Conversation(lease.session_id)
         self._worker = worker
@@ -60,8 +72,15 @@ class Journal:
 
     async def load(self) -> None:
         """Fold everything up to the claim. Raises LogIncompatible."""
+        claimed = self._clock()
         async with self._lock:
             await self._read(self.lease.next_seq - 1)
+        # The newest event is our own session.wake: the store's clock at about this moment.
+        self._ahead_ms = self._newest_ms - claimed * 1000 if self._newest_ms else 0.0
+
+    def now_ms(self) -> int:
+        """The time by the store's clock, milliseconds; our own events are folded with it."""
+        return round(self._clock() * 1000 + self._ahead_ms)
 
     async def sync(self) -> None:
         """Fold what others have appended since."""
@@ -129,7 +148,7 @@ class Journal:
                         seq=first + offset,
                         type=event.type,
                         id="",
-                        ts=0,
+                        ts=self.now_ms(),
                         lease=self.lease.value,
                         payload=event.payload(),
                     )
@@ -150,6 +169,7 @@ class Journal:
             )
             for event in page:
                 conversation.apply(event)
+                self._newest_ms = event.ts
             if len(page) < PAGE:
                 if end is not None and conversation.last_seq < end:
                     raise RuntimeError(

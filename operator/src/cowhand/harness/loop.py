@@ -20,6 +20,7 @@ from cowhand.errors import LogIncompatible, UserError
 from cowhand.hands.base import Outcome, next_instance
 from cowhand.hands.registry import Delivery, Hands
 from cowhand.harness import decide
+from cowhand.harness.budget import calls_left, cost_nanousd, seconds_left
 from cowhand.harness.calls import ToolCall, plan_open, plan_tools
 from cowhand.harness.decide import (
     Append,
@@ -257,7 +258,9 @@ class SessionLoop:
             self._signal()
             if self._draining:
                 return await self._hand_over()
-            step = next_step(conversation, provisioned=self._provisioned)
+            step = next_step(
+                conversation, provisioned=self._provisioned, now_ms=self._journal.now_ms()
+            )
             self._around.probe(f"step:{type(step).__name__}")
             match step:
                 case Append():
@@ -296,15 +299,20 @@ class SessionLoop:
             expected = answer.next_seq
 
     async def _race(self, work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T:
-        """The result of `work`, unless `stop` is set first: then it is cancelled.
+        """The result of `work`, unless `stop` is set or the budget's time is up first: then it is cancelled.
 
         Raises:
             Stopped.
         """
+        left = seconds_left(self._journal.conversation, self._journal.now_ms())
         task = asyncio.ensure_future(work)
         stopper = asyncio.ensure_future(stop.wait())
         try:
-            await asyncio.wait({task, stopper}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {task, stopper},
+                timeout=None if left is None else max(0.0, left),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
             if task.done():
                 return task.result()
             raise Stopped
@@ -348,6 +356,8 @@ class SessionLoop:
             "prefix_sha": prefix_sha(base, self.session_id, limit, prompt),
             "n_messages": len(prompt),
         }
+        if limit != conversation.wanted_tokens:
+            start["max_tokens"] = limit
         await self._journal.append((*self._running(), NewEvent(ev.MODEL_REQUEST_START, start)))
         assert conversation.request is not None, "folded with the append"
         seq = conversation.request.seq
@@ -390,13 +400,15 @@ class SessionLoop:
         uses = tool_uses(response.message, conversation.custom_tools)
         cut = any(use.cut for use in uses) and response.message["stop_reason"] == "max_tokens"
         if cut and not step.accept_cut:
-            await self._journal.append((_request_end(seq, "truncated"),))
+            spent = {"usage": response.message.get("usage") or {}, **self._cost(response)}
+            await self._journal.append((_request_end(seq, "truncated", **spent),))
             return
         data = {
             "message": response.message,
             "request_id": response.request_id,
             "ttft_ms": response.ttft_ms,
             "duration_ms": response.duration_ms,
+            **self._cost(response),
         }
         events = [NewEvent(ev.MODEL_RESPONSE, data), _request_end(seq, "ok")]
         begin: tuple[ToolCall, ...] = ()
@@ -406,7 +418,12 @@ class SessionLoop:
             self._signal()
         if uses and not self._stop_waits.is_set() and response.message["stop_reason"] != "refusal":
             assert conversation.created is not None
-            plan = plan_tools(conversation.created, uses, decisions=conversation.decisions)
+            plan = plan_tools(
+                conversation.created,
+                uses,
+                decisions=conversation.decisions,
+                left=calls_left(conversation),
+            )
             begin = plan.run
             events += [*plan.events, *self._started(begin)]
         try:
@@ -418,6 +435,12 @@ class SessionLoop:
             return
         self._fresh.update(call.use.id for call in begin)
         self._around.probe("appended")
+
+    def _cost(self, response: Response) -> dict[str, int]:
+        """What a response cost at the prices of the session, if they are known."""
+        prices = (self._journal.conversation.created or {}).get("prices")
+        usage = response.message.get("usage") or {}
+        return {"cost_nanousd": cost_nanousd(usage, prices)} if prices else {}
 
     # Tools.
 
@@ -459,7 +482,8 @@ class SessionLoop:
         try:
             await self._race(work, self._stop_tools)
         except Stopped:
-            if conversation.interrupted:
+            left = seconds_left(conversation, self._journal.now_ms())
+            if conversation.interrupted or (left is not None and left <= 0):
                 running = [d for use, d in deliveries.items() if use not in conversation.results]
                 await self._hands.interrupt(running)
 

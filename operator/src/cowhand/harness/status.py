@@ -55,6 +55,18 @@ def response_usage(message: Mapping[str, Any]) -> dict[str, int]:
     return {key: sum(int(part.get(key) or 0) for part in parts) for key in _USAGE}
 
 
+def context_tokens(message: Mapping[str, Any]) -> int:
+    """Tokens of the conversation up to a response and with it, as its last iteration counted them."""
+    usage = message.get("usage") or {}
+    last = (usage.get("iterations") or [usage])[-1]
+    return sum(int(last.get(key) or 0) for key in _USAGE)
+
+
+def counted(status: Mapping[str, Any], field: str) -> int:
+    """A counter of the document, 0 where it has not begun."""
+    return int(status.get(field) or 0)
+
+
 def total_tokens(status: Mapping[str, Any]) -> int:
     """All tokens that count against the budget: input, cached or not, and output."""
     return sum(int(value) for value in status["usage"].values())
@@ -74,6 +86,16 @@ def _with_hand(status: Mapping[str, Any], data: Mapping[str, Any], state: str) -
     return {"hands": sorted([*others, hand], key=lambda item: str(item["name"]))}
 
 
+def _with_usage(
+    status: Mapping[str, Any], source: Mapping[str, Any], data: Mapping[str, Any]
+) -> dict[str, Any]:
+    added = response_usage(source)
+    out: dict[str, Any] = {"usage": {key: status["usage"][key] + added[key] for key in _USAGE}}
+    if "cost_nanousd" in data:
+        out["cost_nanousd"] = counted(status, "cost_nanousd") + int(data["cost_nanousd"])
+    return out
+
+
 def _changes(status: Mapping[str, Any], kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of the document that one event changes."""
     match kind:
@@ -82,10 +104,11 @@ def _changes(status: Mapping[str, Any], kind: str, data: Mapping[str, Any]) -> d
         case ev.MODEL_REQUEST_START:
             return {"requests": status["requests"] + 1, "stop_reason": None}
         case ev.MODEL_RESPONSE:
-            added = response_usage(data["message"])
-            usage = {key: status["usage"][key] + added[key] for key in _USAGE}
             first = status["ttft_ms"]
-            return {"usage": usage, "ttft_ms": data.get("ttft_ms") if first is None else first}
+            ttft = {"ttft_ms": data.get("ttft_ms") if first is None else first}
+            return {**_with_usage(status, data["message"], data), **ttft}
+        case ev.MODEL_REQUEST_END if "usage" in data:
+            return _with_usage(status, data, data)  # a response that was thrown away
         case ev.TOOL_PENDING:
             # A custom tool has no tool.started: it counts when its client is asked.
             custom = data.get("kind") == ev.CUSTOM_TOOL

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from decimal import Decimal
 from typing import Any, Final, Literal
 
 from cowhand.api.v1alpha1 import (
@@ -48,6 +49,15 @@ _TURN_TEXT: Final[Mapping[TurnComplete, str]] = {
 }
 
 
+_LIMITS: Final = {
+    "max_tokens": "maxTokens",
+    "max_tool_calls": "maxToolCalls",
+    "max_cost_microusd": "maxCost",
+    "max_duration_s": "maxDurationSeconds",
+}
+"""Limits of a budget in the words of the log -> members of spec.budget."""
+
+
 def session_status(snap: SessionSnapshot, now: datetime) -> AgentSessionStatus:
     """The whole status. What the log cannot tell now stays as it stands in the old status."""
     old = snap.session.status
@@ -85,6 +95,7 @@ def _projection(snap: SessionSnapshot, log: LogView) -> dict[str, Any]:
             output_tokens=usage.get("output_tokens", 0),
             cache_read_input_tokens=usage.get("cache_read_input_tokens", 0),
             cache_creation_input_tokens=usage.get("cache_creation_input_tokens", 0),
+            cost=_dollars(document.get("cost_nanousd")),
         )
         if usage
         else None,
@@ -106,6 +117,11 @@ def _projection(snap: SessionSnapshot, log: LogView) -> dict[str, Any]:
         if error
         else None,
     }
+
+
+def _dollars(nano: int | None) -> str:
+    """Billionths of a dollar as dollars, rounded up to a millionth; empty for an unknown cost."""
+    return "" if nano is None else f"{Decimal(-(-int(nano) // 1000)) / 1_000_000:.6f}"
 
 
 def stop_reason(log: LogView) -> str | None:
@@ -222,7 +238,13 @@ def wanted_budget(spec: AgentSessionSpec) -> dict[str, int]:
     """Limits that the spec asks for, in the words of the log; empty for none."""
     if spec.budget is None:
         return {}
-    pairs = {"max_tokens": spec.budget.max_tokens, "max_tool_calls": spec.budget.max_tool_calls}
+    cost = spec.budget.max_cost
+    pairs = {
+        "max_tokens": spec.budget.max_tokens,
+        "max_tool_calls": spec.budget.max_tool_calls,
+        "max_cost_microusd": None if cost is None else int(Decimal(cost) * 1_000_000),
+        "max_duration_s": spec.budget.max_duration_seconds,
+    }
     return {key: value for key, value in pairs.items() if value is not None}
 
 
@@ -275,6 +297,9 @@ def _turn_text(word: TurnComplete, log: LogView) -> str:
     if word is TurnComplete.ERROR:
         error = log.document.get("error") or {}
         return f"{error.get('type', 'error')}: {error.get('message', 'retries were used up')}"
+    if word is TurnComplete.BUDGET_REACHED:
+        limit = (log.document.get("stop_reason") or {}).get("budget")
+        return f"spec.budget.{_LIMITS[limit]} is used up." if limit in _LIMITS else _TURN_TEXT[word]
     return _TURN_TEXT[word]
 
 

@@ -27,6 +27,18 @@ ONE_HAND = (
 )
 
 
+USD = r"^[0-9]{1,9}(\.[0-9]{1,6})?$"
+
+
+class ModelPrices(Model):
+    """What a million tokens cost, in US dollars."""
+
+    input: Annotated[str, Field(max_length=16, pattern=USD)]
+    """input is the price of a million input tokens, for example "2.50"."""
+    output: Annotated[str, Field(max_length=16, pattern=USD)]
+    """output is the price of a million output tokens."""
+
+
 class ModelSpec(Model):
     """Which model answers, and where."""
 
@@ -40,6 +52,9 @@ class ModelSpec(Model):
     secret_ref: SecretKeyRef | None = None
     """secretRef names the Secret that holds the model key; default the chart's model.secretName. The
     Secret's annotation cowhand.dev/allowed-hosts must list the host of the base URL."""
+    prices: ModelPrices | None = None
+    """prices of the model, for budget.maxCost. Absent: the list price of the model's family; a model
+    of no known family needs them."""
 
 
 _BUILT_IN = ", ".join(TOOL_NAMES)

@@ -28,7 +28,7 @@ from cowhand.api.meta import (
     Text,
     Word,
 )
-from cowhand.api.v1alpha1.agent import AgentSpec
+from cowhand.api.v1alpha1.agent import USD, AgentSpec
 from cowhand.api.v1alpha1.environment import EnvironmentSpec
 from cowhand.api.v1alpha1.files import FileResource
 
@@ -52,12 +52,18 @@ class Message(Model):
 
 
 class Budget(Model):
-    """Limits of the whole session; a turn that reaches one ends with BudgetReached."""
+    """Limits of the whole session; a turn that would pass one ends with BudgetReached before it does."""
 
     max_tokens: Annotated[Int64, Field(ge=1)] | None = None
     """maxTokens is the most input and output tokens together."""
     max_tool_calls: Annotated[Int32, Field(ge=1)] | None = None
     """maxToolCalls is the most tool calls."""
+    max_cost: Annotated[str, Field(max_length=16, pattern=USD)] | None = None
+    """maxCost is the most that model requests may cost at list price, in US dollars, for example
+    "2.50"."""
+    max_duration_seconds: Annotated[Int32, Field(ge=1)] | None = None
+    """maxDurationSeconds is the longest that the session may run; time in which it is idle does not
+    count. Tools that run then are stopped."""
 
 
 class AgentSessionSpec(Model):
@@ -168,6 +174,8 @@ class Usage(StatusModel):
     """cacheReadInputTokens were read from the prompt cache."""
     cache_creation_input_tokens: Annotated[Int64, Field(ge=0)] = 0
     """cacheCreationInputTokens were written to the prompt cache."""
+    cost: Annotated[str, Field(max_length=32)] = ""
+    """cost of the model requests at list price, in US dollars; empty where the price is not known."""
 
 
 class PinnedAgent(StatusModel):

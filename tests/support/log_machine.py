@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from redis import exceptions as redis_errors
 
-from cowhand.errors import Fenced, SessionClosed, SessionNotFound
+from cowhand.errors import Fenced, SessionClosed, SessionNotFound, Suspended
 from cowhand.session import events as ev
 from cowhand.session import scripts as lua
 from cowhand.session.codec import pairs
@@ -120,6 +120,8 @@ class LogMachine(RuleBasedStateMachine):
             return ("OK", *good(self.run(work)))
         except Fenced:
             return ("FENCED",)
+        except Suspended:
+            return ("SUSPENDED",)
         except SessionClosed:
             return ("CLOSED",)
         except SessionNotFound:
@@ -314,11 +316,20 @@ class LogMachine(RuleBasedStateMachine):
         return (index, *self.leases[index])
 
     @precondition(lambda self: self.leases)
-    @rule(number=PICK, count=st.integers(1, 3), status=st.booleans(), fault=FAULT)
-    def append(self, number: int, count: int, status: bool, fault: str = "") -> None:
+    @rule(
+        number=PICK,
+        count=st.integers(1, 3),
+        status=st.booleans(),
+        begins=st.booleans(),
+        fault=FAULT,
+    )
+    def append(
+        self, number: int, count: int, status: bool, begins: bool, fault: str = ""
+    ) -> None:
         self.world.faults.fault = fault
         index, worker, lease, _ = self.lease(number)
-        events = [ev.NewEvent(ev.TOOL_RESULT, {"n": next(self.texts)}) for _ in range(count)]
+        kinds = [ev.TOOL_RESULT] * (count - 1) + [ev.TOOL_STARTED if begins else ev.TOOL_RESULT]
+        events = [ev.NewEvent(kind, {"n": next(self.texts)}) for kind in kinds]
         appender = worker._appenders.get(lease.value)
         wseq = appender.wseq + 1 if appender else 0
         entries = [

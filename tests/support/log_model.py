@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cowhand.session.events import BEGINS
+
 Reply = tuple[object, ...]
 
 
@@ -115,6 +117,8 @@ class Model:
         session = self.sessions[sid]
         if session.lease != lease:
             return ("FENCED",)
+        if session.mode == "suspended" and any(entry.type in BEGINS for entry in entries):
+            return ("SUSPENDED",)
         first = session.next
         for entry in entries:
             session.put(entry)

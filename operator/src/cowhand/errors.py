@@ -12,6 +12,7 @@ Callers decide by class, never by text; the text is for the person who reads it 
     ├── Terminal                  trying again cannot help
     │   ├── SessionNotFound
     │   ├── SessionClosed         the log has ended; nothing can be appended
+    │   ├── Suspended             the session was suspended: nothing new may begin
     │   ├── Fenced                another worker holds the session: drop everything at once
     │   ├── StoreMismatch         this is not the store that we were started with
     │   ├── LogIncompatible       an event of a version that this release cannot read
@@ -101,6 +102,12 @@ class SessionClosed(Terminal):
     """The log of this session has ended."""
 
     reason = "SessionClosed"
+
+
+class Suspended(Terminal):
+    """The session was suspended a moment ago: an event that begins work was not written."""
+
+    reason = "Suspended"
 
 
 class Fenced(Terminal):

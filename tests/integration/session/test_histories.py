@@ -74,6 +74,7 @@ CONTROLS: dict[str, Callable[[], dict[str, lua.Script]]] = {
         "append",
         "if wseq == last then return {'DUP', tonumber(m[4])} end\nif wseq ~= last + 1 then return {'GAP', last} end\n",
     ),
+    "suspension in append": lambda: without("append", "then return {'NOTRUNNING'} end", "then end"),
     "dedupe of ingest": lambda: without(
         "ingest", "if dup then return {'DUP', tonumber(dup)} end\n"
     ),

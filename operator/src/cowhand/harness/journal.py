@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar
 
-from cowhand.errors import LogIncompatible, StoreUnavailable
+from cowhand.errors import LogIncompatible, StoreUnavailable, Suspended
 from cowhand.harness import status as st
 from cowhand.harness.fold import Conversation
 from cowhand.session.events import SESSION_ERROR, Event, NewEvent
@@ -92,9 +92,15 @@ class Journal:
         A cancelled caller leaves the append running: the store may have it already.
 
         Raises:
+            Suspended: an event that begins work came after the suspension; that is folded then, nothing was
+                appended.
             Fenced, SessionClosed.
         """
-        await self._exclusively(self._append(tuple(events)))
+        try:
+            await self._exclusively(self._append(tuple(events)))
+        except Suspended:
+            await self.sync()
+            raise
         if barrier:
             await steadily("barrier", self._worker.barrier)
 

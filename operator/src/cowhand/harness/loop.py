@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, Literal, TypeVar
 
-from cowhand.errors import LogIncompatible, UserError
+from cowhand.errors import LogIncompatible, Suspended, UserError
 from cowhand.hands.base import Outcome, next_instance
 from cowhand.hands.registry import Delivery, Hands
 from cowhand.harness import decide
@@ -358,7 +358,10 @@ class SessionLoop:
         }
         if limit != conversation.wanted_tokens:
             start["max_tokens"] = limit
-        await self._journal.append((*self._running(), NewEvent(ev.MODEL_REQUEST_START, start)))
+        try:
+            await self._journal.append((*self._running(), NewEvent(ev.MODEL_REQUEST_START, start)))
+        except Suspended:
+            return
         assert conversation.request is not None, "folded with the append"
         seq = conversation.request.seq
         self._around.probe("request")
@@ -425,9 +428,9 @@ class SessionLoop:
                 left=calls_left(conversation),
             )
             begin = plan.run
-            events += [*plan.events, *self._started(begin)]
+            events += plan.events
         try:
-            await self._journal.append(events, barrier=bool(begin))
+            begin = await self._append_and_begin(events, begin)
         except UserError as err:
             await self._journal.append(
                 (_request_end(seq, "error", error={"type": TOO_LARGE, "message": str(err)}),)
@@ -443,6 +446,20 @@ class SessionLoop:
         return {"cost_nanousd": cost_nanousd(usage, prices)} if prices else {}
 
     # Tools.
+
+    async def _append_and_begin(
+        self, events: Sequence[NewEvent], calls: tuple[ToolCall, ...]
+    ) -> tuple[ToolCall, ...]:
+        """Append, and in the same append the start of these calls; answers those that may run now."""
+        if calls:
+            try:
+                await self._journal.append((*events, *self._started(calls)), barrier=True)
+            except Suspended:
+                log.info("session %s was suspended: nothing new begins", self.session_id)
+            else:
+                return calls
+        await self._journal.append(events)
+        return ()
 
     def _started(self, calls: Sequence[ToolCall]) -> list[NewEvent]:
         """`tool.started` of calls that this worker is about to make."""
@@ -474,7 +491,10 @@ class SessionLoop:
         new = [call for call in step.calls if call.use.id not in conversation.started]
         if new:
             events = (*self._running(), *self._started(new))
-            await self._journal.append(events, barrier=True)
+            try:
+                await self._journal.append(events, barrier=True)
+            except Suspended:
+                return
             self._fresh.update(call.use.id for call in new)
             self._around.probe("started")
         deliveries = {call.use.id: self._delivery(call) for call in step.calls}
@@ -523,9 +543,7 @@ class SessionLoop:
         if not self._stop_waits.is_set() and call.klass != "pure":
             begin = plan_open(conversation, resolved=(call.use.id,)).run
         begin = tuple(item for item in begin if item.use.id not in conversation.started)
-        await self._journal.append(
-            (NewEvent(ev.TOOL_RESULT, data), *self._started(begin)), barrier=bool(begin)
-        )
+        begin = await self._append_and_begin((NewEvent(ev.TOOL_RESULT, data),), begin)
         self._fresh.update(item.use.id for item in begin)
         self._around.probe("result")
 

@@ -100,6 +100,10 @@ def input_sha256(arguments: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+BEGINS: Final = frozenset({MODEL_REQUEST_START, TOOL_STARTED})
+"""Worker events that begin work: the log takes none of them while the session is suspended."""
+
+
 @dataclass(frozen=True)
 class NewEvent:
     """An event that is about to be written.

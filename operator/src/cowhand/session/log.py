@@ -362,6 +362,8 @@ class WorkerLog(Protocol):
         appended first, the doubtful events are written before it.
 
         Raises:
+            Suspended: one of the events begins work (`events.BEGINS`) and the session is suspended; nothing was
+                written.
             Fenced: the lease is gone (taken over, given back, session deleted, or the store lost our newest events):
                 drop the session at once.
             UserError: a payload over the limit (16 MiB, without an archive 1 MiB); nothing was written.

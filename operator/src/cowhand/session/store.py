@@ -21,6 +21,7 @@ from cowhand.errors import (
     SessionNotFound,
     StoreMismatch,
     StoreUnavailable,
+    Suspended,
     UserError,
 )
 from cowhand.session import scripts as lua
@@ -225,6 +226,8 @@ class Store:
             raise Fenced(f"session {session_id} is held by {reply[1].decode() or 'nobody'}")
         if code == "QUOTA":
             raise QuotaExceeded(keys.namespace, used=reply[1], limit=reply[2])
+        if code == "NOTRUNNING":
+            raise Suspended(f"session {session_id} is suspended; nothing new may begin")
         if code == "TOOBIG":
             raise UserError(too_big(f"event {reply[1]}", reply[2], self.payloads.inline_limit))
 

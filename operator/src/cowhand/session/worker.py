@@ -7,6 +7,7 @@ a repeated append answers the first one's position, and a worker whose lease is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -21,7 +22,9 @@ from cowhand.errors import (
     SessionClosed,
     SessionNotFound,
     StoreUnavailable,
+    Suspended,
     Terminal,
+    UserError,
 )
 from cowhand.session import codec
 from cowhand.session.events import EXTERNAL, SESSION_WAKE, NewEvent
@@ -282,7 +285,8 @@ class RedisWorkerLog:
             for event, payload in zip(events, stored, strict=True):
                 args += [event.type, payload]
             if appender.unsure is not None and appender.unsure != args:
-                await self._send(lease, appender, appender.unsure)
+                with contextlib.suppress(Suspended):
+                    await self._send(lease, appender, appender.unsure)
             return await self._send(lease, appender, args)
 
     async def _send(self, lease: Lease, appender: _Appender, args: list[str | bytes | int]) -> int:
@@ -294,6 +298,9 @@ class RedisWorkerLog:
                 self._keys.session(lease.session_id),
                 *(lease.value, wseq, PROGRESS_MS, self._store.payloads.inline_limit, *args),
             )
+        except (Suspended, UserError):
+            appender.unsure = None  # refused for certain
+            raise
         except (Fenced, SessionNotFound, SessionClosed) as err:
             self._lost(lease, err)
         if reply[0] == "GAP":

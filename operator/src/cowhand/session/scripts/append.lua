@@ -1,14 +1,19 @@
--- Fenced append by the lease holder, exactly once by wseq.
+-- Fenced append by the lease holder, exactly once by wseq. What begins work is refused while the session is suspended.
 -- KEYS: meta, log, own, proj.  ARGV: base, sid, lease, wseq, progress_ms, limit, status ('' = keep), (type, payload)*
 local META, LOG, OWN, PROJ = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local lease = ARGV[3]
-local m = redis.call('HMGET', META, 'state', 'lease', 'wseq', 'wfirst', 'next')
+local m = redis.call('HMGET', META, 'state', 'lease', 'wseq', 'wfirst', 'next', 'mode')
 if m[1] == false then return {'NOSESSION'} end
 if m[1] == 'closed' then return {'CLOSED'} end
 if m[2] ~= lease then return {'FENCED', m[2]} end
 local wseq, last = tonumber(ARGV[4]), tonumber(m[3])
 if wseq == last then return {'DUP', tonumber(m[4])} end
 if wseq ~= last + 1 then return {'GAP', last} end
+if m[6] == 'suspended' then
+  for i = 8, #ARGV, 2 do
+    if ARGV[i] == 'tool.started' or ARGV[i] == 'span.model_request_start' then return {'NOTRUNNING'} end
+  end
+end
 local limit = tonumber(ARGV[6])
 for i = 9, #ARGV, 2 do
   if #ARGV[i] > limit then return {'TOOBIG', (i - 9) / 2, #ARGV[i]} end

@@ -116,6 +116,16 @@ class MemoryKube:
 
     # -- for tests ---------------------------------------------------------------------------------
 
+    def backup(self) -> Any:
+        """The state of the API server, for `restore`."""
+        return copy.deepcopy((dict(self._objects), dict(self._applied)))
+
+    def restore(self, backup: Any) -> None:
+        """Become what `backup` answered; no watcher is told, as after a restore of etcd."""
+        objects, applied = copy.deepcopy(backup)
+        self._objects = defaultdict(dict, objects)
+        self._applied = defaultdict(dict, applied)
+
     def fail(self, verb: str, kind: Kind | None, error: Exception, *, times: int = 1) -> None:
         """Let the next `times` calls of `verb` (`get`, `list`, `apply`, ...) on `kind` raise `error`."""
         self._failures.append((verb, kind, error, times))

@@ -39,6 +39,8 @@ class _Session:
     hands: dict[tuple[str, int], HandRecord] = field(default_factory=dict)
     retain_s: int | None = None
     budget: dict[str, int] = field(default_factory=dict)
+    regressed: tuple[int, int] | None = None
+    accepted: int = 0
 
     def append(self, event: NewEvent) -> int:
         if event.id and event.id in self.ids:
@@ -156,6 +158,8 @@ class MemoryLog:
         session = self.find(namespace, session_id)
         if session.state in ("closed", "terminated"):
             raise SessionClosed(session_id)
+        if event.id in session.ids:
+            return session.ids[event.id]
         session.mode = mode
         self._projections[namespace].add(session_id)
         return session.append(event)
@@ -169,6 +173,31 @@ class MemoryLog:
             raise SessionClosed(session_id)
         session.budget = dict(event.data["budget"] or {})
         return session.append(event)
+
+    async def regress(self, namespace: str, session_id: str, event: NewEvent, *, seen: int) -> int:
+        await self.enter()
+        session = self.find(namespace, session_id)
+        position = len(session.log)
+        if session.regressed is None and seen > max(position, session.accepted):
+            session.append(event)
+            session.mode, session.regressed = "suspended", (seen, position)
+            self._projections[namespace].add(session_id)
+        return len(session.log)
+
+    async def accept_regression(self, namespace: str, session_id: str, position: int) -> bool:
+        await self.enter()
+        session = self.find(namespace, session_id)
+        if session.regressed is None or session.regressed[1] != position:
+            return False
+        session.accepted, session.regressed = session.regressed[0], None
+        self._projections[namespace].add(session_id)
+        return True
+
+    def roll_back(self, namespace: str, session_id: str, last: int) -> None:
+        """The store comes back as it was at this position."""
+        session = self._sessions[(namespace, session_id)]
+        session.log = session.log[:last]
+        session.ids = {name: seq for name, seq in session.ids.items() if seq <= last}
 
     async def close(
         self, namespace: str, session_id: str, event: NewEvent, *, retain_s: int
@@ -298,6 +327,8 @@ class MemorySessions:
             status=dict(session.status),
             created_ms=0,
             budget=dict(session.budget),
+            regressed=session.regressed,
+            accepted=session.accepted,
         )
 
     async def follow(self, session_id: str, start: int = 1) -> AsyncIterator[Event]:

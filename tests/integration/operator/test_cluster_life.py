@@ -55,7 +55,9 @@ async def test_lost_leadership_stops_writes() -> None:
             await write
 
 
-async def test_a_missed_deletion_is_found(rig: Rig) -> None:
+async def test_an_object_that_is_gone_unseen_suspends_its_session_and_another_one_takes_it_over(
+    rig: Rig,
+) -> None:
     one = await rig.kube.create(session("one"))
     await rig.kube.create(session("two", message="other"))
     await rig.settle()
@@ -63,6 +65,14 @@ async def test_a_missed_deletion_is_found(rig: Rig) -> None:
     await rig.operator.resync(spread_s=0.0)
     await rig.settle()
     sid = names.session_id(one["metadata"]["uid"])
+    await rig.orphans.sweep()
+    assert rig.log.types(NS, sid)[-1] == "session.suspended"
+    await rig.kube.create(session("one"))
+    await rig.settle()
+    assert await rig.condition(AS, "one", "Ready") == ("True", "AlreadyRan")
+    assert rig.log.session(NS, sid).mode == "running"
+    await rig.kube.delete(AS, NS, "one")
+    await rig.settle()
     assert rig.log.types(NS, sid)[-1] == "session.deleted"
 
 
@@ -82,20 +92,26 @@ async def test_a_list_that_proves_nothing_ends_nothing(rig: Rig, why: str) -> No
     assert len(rig.orphans) == 0
 
 
-async def test_a_running_session_without_object_is_ended_only_beside_others(rig: Rig) -> None:
+async def test_a_running_session_without_object_is_suspended_and_never_ended(rig: Rig) -> None:
     one = await rig.kube.create(session("one"))
     await rig.settle()
     sid = names.session_id(one["metadata"]["uid"])
     rig.kube.vanish(AS, NS, "one")
     rig.operator._by_session.clear()  # as after a restart of the operator
+    await rig.kube.create(session("two", message="other"))
     rig.log.run(NS, sid)
     await rig.settle()
-    assert len(rig.orphans) == 0
-    await rig.kube.create(session("two", message="other"))
+    await rig.orphans.sweep()
+    assert rig.log.session(NS, sid).mode == "suspended"
     rig.log.finish(NS, sid)
     await rig.settle()
     await rig.orphans.sweep()
-    assert rig.log.types(NS, sid)[-1] == "session.deleted"
+    assert rig.log.types(NS, sid)[-3:] == [
+        "session.status_running",
+        "session.suspended",
+        "session.status_idle",
+    ]
+    assert len(rig.orphans) == 0
 
 
 async def test_resync_repairs_what_no_event_told(rig: Rig) -> None:

@@ -139,7 +139,7 @@ async def test_suspend_and_resume(rig: Rig) -> None:
     await rig.kube.apply(session(operatingMode="Running"), manager="kubectl")
     await rig.settle()
     assert rig.log.session(NS, sid).mode == "running"
-    assert rig.log.ids(NS, sid)[-2:] == ["mode:2", "mode:3"]
+    assert rig.log.ids(NS, sid)[-2:] == ["mode:2:2", "mode:3:3"]
 
 
 async def test_an_edited_budget_reaches_the_log_once_for_each_edit(rig: Rig) -> None:
@@ -150,7 +150,7 @@ async def test_an_edited_budget_reaches_the_log_once_for_each_edit(rig: Rig) -> 
         await rig.kube.apply(session(budget=budget), manager="kubectl")
         await rig.settle()
         await rig.look(AS, "one")
-    assert rig.log.ids(NS, sid)[2:] == ["budget:2", "budget:3", "budget:4"]
+    assert rig.log.ids(NS, sid)[2:] == ["budget:2:2", "budget:3:3", "budget:4:4"]
     updates = [e.data for e in rig.log.session(NS, sid).log if e.type == "session.updated"]
     assert [data["budget"] for data in updates] == [{"max_tokens": 6}, {"max_tokens": 5}, None]
     assert updates[0]["actor"] == {"user": f"agentsession:{NS}/one", "via": "kubernetes"}

@@ -84,6 +84,7 @@ def table() -> dict[str, SessionSnapshot]:
         "adopted, log gone": snapshot(Absent(), adopted=True),
         "ended": snapshot(view("end_turn", state="terminated")),
         "ended in mid-turn": snapshot(view(state="closed")),
+        "rolled back": snapshot(view("end_turn"), session(status={"sessionID": SID, "lastSeq": 9})),
         "ended after a failure": snapshot(view("refusal", state="closed")),
     }
     return snaps
@@ -116,6 +117,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "adopted, log gone": {"Ready": ("True", "AlreadyRan")},
     "ended": {"Ready": ("True", "Terminated"), "Succeeded": ("True", "Completed")},
     "ended in mid-turn": {"TurnComplete": ("True", "Error"), "Succeeded": ("False", "Terminated")},
+    "rolled back": {"Ready": ("False", "LogRolledBack"), "Stalled": ("True", "LogRolledBack")},
     "ended after a failure": {"Succeeded": ("False", "Refused")},
 }
 

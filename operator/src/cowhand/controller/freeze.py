@@ -33,7 +33,15 @@ ASSEMBLER: Final = 1
 """Version of the request builder that a new session is made for."""
 
 _NOT_THE_RUN: Final = frozenset(
-    {"operatingMode", "budget", "ttlSecondsAfterFinished", "deletionPolicy", "title", "messages"}
+    {
+        "operatingMode",
+        "budget",
+        "ttlSecondsAfterFinished",
+        "deletionPolicy",
+        "title",
+        "messages",
+        "acceptLogPosition",
+    }
 )
 
 
@@ -108,17 +116,28 @@ def user_message(session: AgentSession, identity: str, content: str) -> NewEvent
     return NewEvent(events.USER_MESSAGE, data, id=f"msg:{identity}")
 
 
-def mode_event(session: AgentSession, suspended: bool) -> NewEvent:
-    """The event of a change of operatingMode, deduplicated by generation."""
+def mode_event(session: AgentSession, suspended: bool, last_seq: int = 0) -> NewEvent:
+    """The event of a change of operatingMode, deduplicated by generation and the position it was decided at.
+
+    Not by generation alone: a restored cluster counts generations again that the log has seen.
+    """
     kind = events.SESSION_SUSPENDED if suspended else events.SESSION_RESUMED
-    identity = f"mode:{session.metadata.generation}"
+    identity = f"mode:{session.metadata.generation}:{last_seq}"
     return NewEvent(kind, {"actor": actor(session)}, id=identity)
 
 
-def budget_event(session: AgentSession, budget: Mapping[str, int]) -> NewEvent:
-    """The event of a change of spec.budget, deduplicated by generation."""
+def regressed_event(seen: int, position: int, by: str) -> NewEvent:
+    """The note of a log that lost its end: `by` (`status` or `operator`) has seen `seen`."""
+    data = {"seen": seen, "position": position, "by": by}
+    return NewEvent(events.LOG_REGRESSED, data, id=f"regressed:{seen}:{position}")
+
+
+def budget_event(session: AgentSession, budget: Mapping[str, int], last_seq: int) -> NewEvent:
+    """The event of a change of spec.budget, deduplicated as `mode_event`."""
     data = {"budget": dict(budget) or None, "actor": actor(session)}
-    return NewEvent(events.SESSION_UPDATED, data, id=f"budget:{session.metadata.generation}")
+    return NewEvent(
+        events.SESSION_UPDATED, data, id=f"budget:{session.metadata.generation}:{last_seq}"
+    )
 
 
 def freeze(

@@ -124,6 +124,8 @@ async def log_view(log: SessionLog, state: SessionState) -> LogView:
         document=state.status,
         waiting=waiting,
         budget=state.budget,
+        regressed=state.regressed,
+        accepted=state.accepted,
     )
 
 

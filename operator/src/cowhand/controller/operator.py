@@ -197,9 +197,8 @@ class Operator:
         ):
             self.sessions.add((namespace, found.meta.name))
             return
-        # Objects may be missing because the cluster was restored: then nothing is ended.
-        if await self._kube.list(kinds.AGENT_SESSION, namespace):
-            self.orphans.add(namespace, session_id)
+        if found.mode != "suspended":
+            self.orphans.stray(namespace, session_id)
 
     # -- resync and sweep --------------------------------------------------------------------------
 
@@ -242,11 +241,15 @@ class Operator:
             self._missed(kind, gone)
 
     def _missed(self, kind: Kind, gone: Mapping[Key, Known]) -> None:
-        """Objects whose DELETED event never came."""
+        """Objects that are not there any more, and whose DELETED event never came.
+
+        Ours do not go without our finalizer: either it was taken off by force, or the cluster was restored from a
+        time before the object. So the session is not ended.
+        """
         for key, known in gone.items():
-            log.info("resync: %s %s/%s was deleted unseen", kind, *key)
+            log.info("resync: %s %s/%s is gone unseen", kind, *key)
             if kind == kinds.AGENT_SESSION:
-                self.orphans.add(key[0], known.session_id, keep=known.keep_log)
+                self.orphans.stray(key[0], known.session_id)
                 self._by_session.pop(known.session_id, None)
                 self.sessions.add(key)
             elif kind == kinds.SANDBOX:

@@ -1,10 +1,19 @@
-"""Sessions whose object is gone and whose log has not ended: they are ended when the store is back."""
+"""Sessions whose object is gone and whose log has not ended.
+
+Where the deletion was seen, the log is ended, when the store is back. Where an object is only missing, nothing proves
+that somebody deleted it: the cluster may have been restored from a time before it. Such a session is suspended, and
+goes on when its object, or one of the same name and spec, is there again.
+"""
 
 from __future__ import annotations
 
+import logging
+
 from cowhand.controller.logs import Logs
 from cowhand.errors import SessionClosed, SessionNotFound, StoreUnavailable
-from cowhand.session.events import SESSION_DELETED, NewEvent
+from cowhand.session.events import SESSION_DELETED, SESSION_SUSPENDED, NewEvent
+
+log = logging.getLogger(__name__)
 
 
 class Orphans:
@@ -17,9 +26,14 @@ class Orphans:
         self._logs = logs
         self._retain_s = retain_s
         self._waiting: dict[tuple[str, str], int] = {}
+        self._strays: set[tuple[str, str]] = set()
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def stray(self, namespace: str, session_id: str) -> None:
+        """Suspend this session when that is possible: its object is missing, and nobody said that it was deleted."""
+        self._strays.add((namespace, session_id))
 
     def add(self, namespace: str, session_id: str, *, keep: bool = True) -> None:
         """End this session's log when that is possible; `keep` retains it for the usual time."""
@@ -27,6 +41,12 @@ class Orphans:
 
     async def sweep(self) -> None:
         """Try each; what fails stays."""
+        try:
+            for namespace, session_id in tuple(self._strays):
+                await self._suspend(namespace, session_id)
+                self._strays.discard((namespace, session_id))
+        except StoreUnavailable:
+            return
         for (namespace, session_id), retain_s in tuple(self._waiting.items()):
             event = NewEvent(
                 SESSION_DELETED,
@@ -44,3 +64,18 @@ class Orphans:
             except (SessionNotFound, SessionClosed):
                 pass
             self._waiting.pop((namespace, session_id), None)
+
+    async def _suspend(self, namespace: str, session_id: str) -> None:
+        sessions = self._logs.sessions(namespace)
+        try:
+            state = await self._logs.call(lambda: sessions.get_session(session_id))
+            if state.mode == "suspended" or state.state in ("closed", "terminated"):
+                return
+            data = {"actor": {"user": "operator", "via": "kubernetes"}}
+            event = NewEvent(SESSION_SUSPENDED, data, id=f"stray:{state.next_seq - 1}")
+            await self._logs.call(
+                lambda: self._logs.control.set_mode(namespace, session_id, "suspended", event)
+            )
+        except (SessionNotFound, SessionClosed):
+            return
+        log.warning("session %s of %s has no AgentSession: suspended", session_id, namespace)

@@ -63,6 +63,7 @@ class SessionObserver:
         self._tenants = tenants
         self._defaults = defaults
         self._created: OrderedDict[str, Mapping[str, Any]] = OrderedDict()
+        self._seen: OrderedDict[str, int] = OrderedDict()
         self.waiting: set[Key] = set()
 
     async def observe(self, key: Key, state: Pass, written: datetime | None) -> SessionSnapshot:
@@ -84,6 +85,7 @@ class SessionObserver:
         view = await self._look(key[0], state.session_id)
         snap = replace(snap, log=view)
         if isinstance(view, LogView):
+            snap = replace(snap, seen=self._remember(state.session_id, view.last_seq))
             snap = replace(snap, pinned=await self._pinned(key[0], session, state))
         if isinstance(view, Absent) and not snap.deleting and not session.status.session_id:
             snap = await self._resolve(key, snap, state)
@@ -93,6 +95,14 @@ class SessionObserver:
         if snap.adopted and isinstance(view, LogView):
             snap = await self._look_at_messages(key[0], snap)
         return snap
+
+    def _remember(self, session_id: str, last_seq: int) -> int:
+        """The highest position seen before; a log never becomes shorter but by a loss."""
+        before = self._seen.pop(session_id, 0)
+        self._seen[session_id] = max(before, last_seq)
+        while len(self._seen) > CREATED_CACHE:
+            self._seen.popitem(last=False)
+        return before
 
     async def _look(self, namespace: str, session_id: str) -> LogView | Absent | Unreachable:
         sessions = self._logs.sessions(namespace)

@@ -27,6 +27,7 @@ from cowhand.kube.client import Kube, Manifest
 from cowhand.kube.errors import Conflict, NotFound
 from cowhand.reconcile.session import reconcile_session
 from cowhand.reconcile.session_snapshot import (
+    LogView,
     Loss,
     SessionPlan,
     SessionSnapshot,
@@ -180,14 +181,18 @@ class SessionController:
     ) -> None:
         """Mode, budget and messages; a message may need the new budget."""
         session, session_id, mode = snap.session, snap.session_id, plan.mode
+        if not isinstance(snap.log, LogView):
+            return
+        last = snap.log.last_seq
         try:
+            await self._rolled_back(namespace, snap, plan, state)
             if mode is not None:
-                event = freeze.mode_event(session, suspended=mode == "suspended")
+                event = freeze.mode_event(session, mode == "suspended", last)
                 await self._logs.call(
                     lambda: self._logs.control.set_mode(namespace, session_id, mode, event)
                 )
             if plan.budget is not None:
-                changed = freeze.budget_event(session, plan.budget)
+                changed = freeze.budget_event(session, plan.budget, last)
                 await self._logs.call(
                     lambda: self._logs.control.set_budget(namespace, session_id, changed)
                 )
@@ -200,6 +205,28 @@ class SessionController:
                 state.delivered.add(send.id)
         except SessionClosed:
             return  # it ended meanwhile: the next look says so
+
+    async def _rolled_back(
+        self, namespace: str, snap: SessionSnapshot, plan: SessionPlan, state: Pass
+    ) -> None:
+        """Stop a log that lost its end, or let it go on where a person accepted that."""
+        assert isinstance(snap.log, LogView), "checked by the caller"
+        session_id, seen, position = snap.session_id, plan.regress, plan.accept
+        logger = bound(log, session=session_id, namespace=namespace)
+        if seen is not None:
+            by = "status" if snap.session.status.last_seq >= seen else "operator"
+            note = freeze.regressed_event(seen, snap.log.last_seq, by)
+            logger.error("the log ends at %d, %d was seen", snap.log.last_seq, seen)
+            await self._logs.call(
+                lambda: self._logs.control.regress(namespace, session_id, note, seen=seen)
+            )
+        if position is not None:
+            logger.warning("the log goes on from %d: its loss was accepted", position)
+            await self._logs.call(
+                lambda: self._logs.control.accept_regression(namespace, session_id, position)
+            )
+            # Messages of the spec that were lost are sent again; the others are known by their id.
+            state.delivered.clear()
 
     async def _lose(self, namespace: str, session_id: str, loss: Loss) -> None:
         """End a hand record; who owned it stays in it."""

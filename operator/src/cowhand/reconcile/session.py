@@ -24,7 +24,12 @@ from cowhand.reconcile.session_snapshot import (
     Unreachable,
     Wish,
 )
-from cowhand.reconcile.session_status import session_status, wanted_budget, wanted_mode
+from cowhand.reconcile.session_status import (
+    lost_tail,
+    session_status,
+    wanted_budget,
+    wanted_mode,
+)
 
 FINALIZER_PATIENCE: Final = timedelta(seconds=54)
 """After so long a dead store no longer holds up the deletion of an object; the last try takes the rest of a
@@ -53,7 +58,11 @@ def reconcile_session(snap: SessionSnapshot, now: datetime) -> SessionPlan:
     if isinstance(log, Absent):
         return _write(snap, status, now, _start(snap))
     plan = SessionPlan(add_finalizer=not snap.finalized)
-    if not snap.adopted and not log.ended:
+    lost = lost_tail(snap)
+    if lost is not None:
+        # The log speaks of an older time than the cluster: neither hands nor modes follow from it.
+        return _write(snap, status, now, _stop(snap, log, lost, plan))
+    if not log.ended:
         plan = _steer(snap, log, plan)
     plan = _hands(snap, log, status, now, plan)
     return _write(snap, status, now, _expire(snap, status, now, plan))
@@ -70,11 +79,25 @@ def _start(snap: SessionSnapshot) -> SessionPlan:
     return SessionPlan(add_finalizer=not snap.finalized, create=True)
 
 
+def _stop(
+    snap: SessionSnapshot, log: LogView, lost: tuple[int, int], plan: SessionPlan
+) -> SessionPlan:
+    """The end of the log was lost: stop the session, until a person accepts exactly that loss."""
+    seen, position = lost
+    if log.regressed is None:
+        return replace(plan, regress=seen)
+    accepted = snap.refusal is None and snap.session.spec.accept_log_position == position
+    return replace(plan, accept=position if accepted else None)
+
+
 def _steer(snap: SessionSnapshot, log: LogView, plan: SessionPlan) -> SessionPlan:
     """Mode, budget and messages that the spec asks for and the log does not have."""
     if snap.refusal is not None:
         return plan  # nobody knows what an unreadable spec asks for
     mode = wanted_mode(snap)
+    if snap.adopted:
+        # An object that was made again owns the run of the one before; its messages were sent then.
+        return replace(plan, mode=None if log.mode == mode else mode)
     send = tuple(
         Send(message.id, message.content)
         for message in snap.session.spec.messages or ()

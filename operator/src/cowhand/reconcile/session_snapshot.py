@@ -40,6 +40,9 @@ class LogView:
         document: the harness's status document (docs/interfaces.md section 3), may be empty.
         waiting: input stands in the log that no turn has answered yet.
         budget: limits in force, in the words of the log.
+        regressed: (position that was seen, last position that the store had) of a log that was stopped because
+            its end was lost.
+        accepted: highest position whose loss a person has accepted.
     """
 
     state: Literal["idle", "running", "rescheduling", "terminated", "closed"]
@@ -48,6 +51,8 @@ class LogView:
     document: Mapping[str, Any]
     waiting: bool = False
     budget: Mapping[str, int] = field(default_factory=dict)
+    regressed: tuple[int, int] | None = None
+    accepted: int = 0
 
     @property
     def ended(self) -> bool:
@@ -106,6 +111,7 @@ class SessionSnapshot:
         pinned: the agent as it was frozen, if it was looked at.
         finalized: our finalizer is on the object.
         written: when the status was last written by this process, None for never.
+        seen: highest position of the log that this process has seen before, 0 for none.
     """
 
     session: AgentSession
@@ -123,6 +129,7 @@ class SessionSnapshot:
     pinned: PinnedAgent | None = None
     finalized: bool = True
     written: datetime | None = None
+    seen: int = 0
 
     @property
     def deleting(self) -> bool:
@@ -164,6 +171,8 @@ class SessionPlan:
 
     Attributes:
         add_finalizer: before anything is written to the log.
+        regress: the log must not go on: it ends before this position, which was seen.
+        accept: the log may go on from this position.
         create: make the session in the log.
         mode: mode to set in the log, or None.
         budget: limits to set in the log (empty: no limits), or None.
@@ -180,6 +189,8 @@ class SessionPlan:
 
     add_finalizer: bool = False
     create: bool = False
+    regress: int | None = None
+    accept: int | None = None
     mode: Literal["running", "suspended"] | None = None
     budget: Mapping[str, int] | None = None
     send: tuple[Send, ...] = ()
@@ -196,4 +207,5 @@ class SessionPlan:
     def observe_again(self) -> bool:
         """The plan changes the log, so that the status must be computed from a new snapshot."""
         steered = self.mode is not None or self.budget is not None or bool(self.send)
-        return self.create or steered
+        rolled_back = self.regress is not None or self.accept is not None
+        return self.create or steered or rolled_back

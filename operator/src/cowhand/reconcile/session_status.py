@@ -58,6 +58,21 @@ _LIMITS: Final = {
 """Limits of a budget in the words of the log -> members of spec.budget."""
 
 
+def lost_tail(snap: SessionSnapshot) -> tuple[int, int] | None:
+    """(position that was seen, last position that is left) of a log that lost its end, None for a whole one.
+
+    The log says so itself once it was stopped; before that, somebody has seen more than there is: the status of
+    this object, or this process.
+    """
+    log = snap.log
+    if not isinstance(log, LogView) or log.ended:
+        return None
+    if log.regressed is not None:
+        return log.regressed
+    seen = max(snap.session.status.last_seq, snap.seen)
+    return (seen, log.last_seq) if seen > max(log.last_seq, log.accepted) else None
+
+
 def session_status(snap: SessionSnapshot, now: datetime) -> AgentSessionStatus:
     """The whole status. What the log cannot tell now stays as it stands in the old status."""
     old = snap.session.status
@@ -88,7 +103,10 @@ def _projection(snap: SessionSnapshot, log: LogView) -> dict[str, Any]:
         "state": log.state,
         "mode": "Suspended" if log.mode == "suspended" else "Running",
         "stop_reason": stop_reason(log) or "",
-        "last_seq": log.last_seq,
+        # What was seen stays seen, until the loss is accepted.
+        "last_seq": max(log.last_seq, snap.session.status.last_seq)
+        if lost_tail(snap)
+        else log.last_seq,
         "turns": int(document.get("turns") or 0),
         "usage": Usage(
             input_tokens=usage.get("input_tokens", 0),
@@ -159,8 +177,8 @@ def _not_in_log(snap: SessionSnapshot) -> Observed:
         return Observed(kind, "True", SessionReady.ALREADY_RAN, text)
     if snap.session.status.session_id:
         text = (
-            f"The store does not know {snap.session_id}: its data was lost or replaced. Make a new "
-            "AgentSession to run it again."
+            f"The store does not know {snap.session_id}: its data was lost or replaced. Bring it back "
+            "with `cowhand restore`, or make a new AgentSession to run it again."
         )
         return Observed(kind, "False", SessionReady.SESSION_LOST, text)
     if snap.missing_agent is not None:
@@ -187,6 +205,15 @@ def _in_log(snap: SessionSnapshot, log: LogView) -> Observed:
         if unsent:
             text += f" Not sent, because that run has ended: messages {', '.join(unsent)}."
         return Observed(kind, "True", SessionReady.ALREADY_RAN, text)
+    lost = lost_tail(snap)
+    if lost is not None:
+        seen, position = lost
+        text = (
+            f"The store has the log up to position {position}, and {seen} was seen: its end was lost. "
+            "Nothing runs. Bring the missing events back with `cowhand restore`, or let the session go "
+            f"on without them: set spec.acceptLogPosition to {position}. What ran after it may run again."
+        )
+        return Observed(kind, "False", SessionReady.LOG_ROLLED_BACK, text)
     if log.ended:
         text = "The session has ended; its log can be read."
         return Observed(kind, "True", SessionReady.TERMINATED, text)
@@ -258,6 +285,8 @@ def _doomed(snap: SessionSnapshot) -> SessionStalled | None:
         waits = snap.missing_agent is not None or snap.missing_environments
         if snap.refusal is not None and not waits:
             return SessionStalled(snap.refusal.reason)
+    if lost_tail(snap) is not None and not snap.adopted:
+        return SessionStalled.LOG_ROLLED_BACK
     return None
 
 

@@ -79,6 +79,11 @@ class SessionReady(Reason):
         "SessionLost",
         "False: status names a session that the store does not know: its data was lost or replaced.",
     )
+    LOG_ROLLED_BACK = (
+        "LogRolledBack",
+        "False: more of the log was seen than the store has: its end was lost. Nothing runs until it "
+        "is restored, or spec.acceptLogPosition accepts the loss.",
+    )
     DELETING = "Deleting", "False: the object is being deleted and its log is being ended."
 
 
@@ -117,6 +122,7 @@ class SessionStalled(Reason):
         "True: the namespace is not among the chart's tenants.",
     )
     SESSION_LOST = "SessionLost", "True: the store does not know the session of this object."
+    LOG_ROLLED_BACK = "LogRolledBack", "True: the store lost the end of the session's log."
 
 
 class TurnComplete(Reason):

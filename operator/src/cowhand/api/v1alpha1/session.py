@@ -129,6 +129,9 @@ class AgentSessionSpec(Model):
     budget: Budget | None = None
     """budget limits the whole session. A change takes effect before the next model request; a session
     that stopped with BudgetReached goes on when the next message comes."""
+    accept_log_position: Annotated[Int64, Field(ge=1)] | None = None
+    """acceptLogPosition says that the session may go on although the store lost the end of its log
+    (Ready reason LogRolledBack): the position that the condition names as the last one that is left."""
     deletion_policy: Literal["Retain", "Delete"] = "Retain"
     """deletionPolicy says what becomes of the log when this object is deleted: Retain keeps it for
     the chart's retention time, Delete removes it at once."""

@@ -12,7 +12,14 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from cowhand.errors import Fenced, SessionClosed, SessionNotFound, StoreUnavailable, Suspended, UserError
+from cowhand.errors import (
+    Fenced,
+    SessionClosed,
+    SessionNotFound,
+    StoreUnavailable,
+    Suspended,
+    UserError,
+)
 from cowhand.hands.sandbox import SandboxSettings
 from cowhand.hands.toolset import ALL_TOOLS, custom_tool, request_base
 from cowhand.hands.transport import Broken, Endpoint, NotSent
@@ -259,7 +266,9 @@ class FakeLog:
             raise UserError("payload over the limit")
         if any(event.type == ev.SESSION_DELETED for event in world.events):
             raise SessionClosed("deleted")
-        mode = [e.type for e in world.events if e.type in (ev.SESSION_SUSPENDED, ev.SESSION_RESUMED)]
+        mode = [
+            e.type for e in world.events if e.type in (ev.SESSION_SUSPENDED, ev.SESSION_RESUMED)
+        ]
         begins = any(event.type in ev.BEGINS for event in batch)
         if begins and mode[-1:] == [ev.SESSION_SUSPENDED] and self._last is None:
             raise Suspended("suspended")

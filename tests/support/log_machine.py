@@ -323,9 +323,7 @@ class LogMachine(RuleBasedStateMachine):
         begins=st.booleans(),
         fault=FAULT,
     )
-    def append(
-        self, number: int, count: int, status: bool, begins: bool, fault: str = ""
-    ) -> None:
+    def append(self, number: int, count: int, status: bool, begins: bool, fault: str = "") -> None:
         self.world.faults.fault = fault
         index, worker, lease, _ = self.lease(number)
         kinds = [ev.TOOL_RESULT] * (count - 1) + [ev.TOOL_STARTED if begins else ev.TOOL_RESULT]

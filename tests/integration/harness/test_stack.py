@@ -134,7 +134,8 @@ async def test_a_raised_budget_lets_the_next_message_go_on(here: Stack) -> None:
     await here.local_worker()
     session_id = await here.create("[[script:s]]", budget={"max_tool_calls": 1})
     await here.settled(session_id)
-    assert (await here.state(session_id)).status["stop_reason"] == {"type": "budget_reached"}
+    reached = {"type": "budget_reached", "budget": "max_tool_calls"}
+    assert (await here.state(session_id)).status["stop_reason"] == reached
     raised = NewEvent(ev.SESSION_UPDATED, {"budget": {"max_tool_calls": 5}, **ACTOR}, id="budget:2")
     await here.store.control_log().set_budget(NAMESPACE, session_id, raised)
     await here.emit(session_id, user("go on", "m2"))

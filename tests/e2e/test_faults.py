@@ -184,6 +184,8 @@ def test_an_empty_store_in_its_place_is_refused_and_nothing_runs_again(rig: Rig)
         empty = f"find {volume.path} -mindepth 1 -delete; "
         volume.restart(before_start=empty + move.format(keep, volume.path) + f"; rmdir {keep}")
     eventually("the store is back", lambda: _ready(rig))
+    with session.follow() as events:  # the gateway's nudges were refused too
+        events.until_type("session.status_idle")
     session.send("once more")
     log = _finished(rig, session, before, turns=2)
     assert final_text(log) == "2", "the sandbox kept its files"

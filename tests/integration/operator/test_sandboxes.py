@@ -194,6 +194,29 @@ async def test_rules_that_cannot_be_loaded_fail_the_sandbox(rig: Rig) -> None:
     assert "nft_ct" in failed.message
 
 
+async def test_a_pod_that_its_node_could_not_start_is_followed_by_another(rig: Rig) -> None:
+    """Nothing ran in it, so that the session need not know; Claude's call waits a little longer."""
+    sid, name = await with_hand(rig)
+    first = await rig.get(POD, name)
+    ended = {"exitCode": 128, "reason": "StartError", "message": "runc: unable to freeze"}
+    status = {
+        "phase": "Failed",
+        "initContainerStatuses": [{"name": "egress-verify", "state": {"terminated": ended}}],
+    }
+    rig.kube.put(pod_status(first, **status))
+    await rig.settle()
+    second = await rig.get(POD, name)
+    assert second["metadata"]["uid"] != first["metadata"]["uid"]
+    assert (await record(rig, sid)).state == "Pending"
+    assert await rig.condition(SBX, name, "Stalled") is None
+    rig.later(seconds=181)  # its startup timeout is over: the session hears of it
+    rig.kube.put(pod_status(second, **status))
+    await rig.settle()
+    failed = await record(rig, sid)
+    assert (failed.state, failed.reason) == ("Failed", "ContainerNotCreated")
+    assert "unable to freeze" in failed.message
+
+
 async def test_a_refused_pod_is_said_and_tried_again(rig: Rig) -> None:
     rig.kube.fail("create", POD, Forbidden("exceeded quota"), times=1)
     sid, name = await with_hand(rig)

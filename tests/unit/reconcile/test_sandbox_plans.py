@@ -98,7 +98,28 @@ def table() -> dict[str, tuple[SandboxSnapshot, float]]:
         phase="Failed",
         initContainerStatuses=[ended("egress-rules", 0), ended("egress-verify", 1, message="DNS")],
     )
+    freeze = ended("egress-verify", 128, reason="StartError", message="runc: unable to freeze")
+    frozen = pod(phase="Failed", initContainerStatuses=[ended("egress-rules", 0), freeze])
+    late = pod(
+        phase="Failed",
+        initContainerStatuses=VERIFIED,
+        containerStatuses=[ended("sandbox", 128, reason="StartError", message="runc: no")],
+    )
+    tried = sandbox(status={"podUID": "p"})
+    ran = sandbox(status={"podUID": "p", "startedTime": NOW.isoformat()})
     return {
+        "check not started": (snapshot(pod=frozen, record="Pending"), 9),
+        "check not started, by hand": (snapshot(sandbox(held=False), frozen), 9),
+        "check not started, deleted": (
+            snapshot(
+                tried, {**frozen, **pod(terminating=True, **frozen["status"])}, record="Pending"
+            ),
+            9,
+        ),
+        "check not started, late": (snapshot(pod=frozen, record="Pending"), 181),
+        "check not started, store down": (snapshot(pod=frozen), 9),
+        "sandbox not started": (snapshot(pod=late, record="Pending"), 9),
+        "sandbox not started after it ran": (snapshot(ran, late, record="Pending"), 9),
         "new": (snapshot(), 0),
         "pending": (snapshot(pod=pod(phase="Pending")), 1),
         "starting": (snapshot(pod=STARTING), 1),
@@ -160,6 +181,13 @@ def found(plan: SandboxPlan) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("name", "ready", "mark", "creates", "deletes"),
     [
+        ("check not started", "ContainerNotCreated", "Pending", False, True),
+        ("check not started, by hand", "ContainerNotCreated", None, False, True),
+        ("check not started, deleted", "ContainerNotCreated", "Pending", False, False),
+        ("check not started, late", "ContainerNotCreated", "Failed", False, False),
+        ("check not started, store down", "ContainerNotCreated", "Failed", False, False),
+        ("sandbox not started", "ContainerNotCreated", "Pending", False, True),
+        ("sandbox not started after it ran", "ContainerNotCreated", "Lost", False, False),
         ("new", "Pending", "Pending", True, False),
         ("pending", "Pending", "Pending", False, False),
         ("unschedulable", "Unschedulable", "Pending", False, False),
@@ -289,6 +317,27 @@ def test_egress_enforced_carries_what_the_check_found(
     assert said in egress.message
     assert plan.mark is not None
     assert said in plan.mark.message, "Claude reads the same"
+
+
+def test_a_check_that_was_not_started_found_nothing() -> None:
+    plan = plan_of("check not started")
+    assert found(plan)["EgressEnforced"] == "Pending"
+    assert plan.mark is not None
+    assert "container egress-verify was not started: StartError" in plan.mark.message
+    assert "unable to freeze" in plan.mark.message
+
+
+def test_a_pod_that_was_not_started_is_followed_by_another() -> None:
+    snap, age = table()["check not started, deleted"]
+    now = NOW + timedelta(seconds=age)
+    status = reconcile_sandbox(snap, now).status
+    assert status is not None
+    written = snap.sandbox.model_copy(update={"status": status})
+    for record in ("Pending", None):
+        plan = reconcile_sandbox(snapshot(written, None, record=record), now)
+        assert plan.create_pod
+    # Control: one that had started, or of which nobody knows, is not.
+    assert not reconcile_sandbox(snapshot(snap.sandbox, None, record="Pending"), now).create_pod
 
 
 def test_it_looks_again_when_a_cause_becomes_final() -> None:

@@ -35,6 +35,9 @@ _NEVER: Final = frozenset({"InvalidImageName", "ErrImageNeverPull"})
 
 _CONFIG: Final = frozenset({"CreateContainerConfigError", "CreateContainerError"})
 
+_NEVER_RAN: Final = frozenset({"StartError", "ContainerCannotRun"})
+"""Ends of containers whose process was never started: the runtime failed, not what should have run in them."""
+
 PATIENCE: Final = timedelta(seconds=45)
 """After so long the kubelet has tried about three times to pull an image or to create a container (its pauses
 are 10, 20, 40 s). The status does not count attempts."""
@@ -82,6 +85,17 @@ def has_failed(pod: Pod) -> bool:
     )
 
 
+def failed_to_start(pod: Pod) -> Cause | None:
+    """Why a pod ended for a reason of its node alone, before anything of ours ran; another pod may do better."""
+    for kind in ("initContainerStatuses", "containerStatuses"):
+        for container in _statuses(pod, kind):
+            end = (container.get("state") or {}).get("terminated") or {}
+            if end.get("reason") in _NEVER_RAN:
+                text = f"container {container['name']} was not started: {_last_words(end)}"
+                return Cause(SandboxReady.CONTAINER_NOT_CREATED, text)
+    return None
+
+
 def created(pod: Pod) -> datetime:
     """When the pod was made."""
     return datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
@@ -112,6 +126,7 @@ def egress(pod: Pod | None) -> Observed:
         status["name"]: status["state"]["terminated"]
         for status in _statuses(pod, "initContainerStatuses")
         if "terminated" in (status.get("state") or {})
+        and status["state"]["terminated"].get("reason") not in _NEVER_RAN
     }
     rules, verify = ends.get(sandbox_pod.RULES), ends.get(sandbox_pod.VERIFY)
     if rules is not None and rules.get("exitCode") != 0:
@@ -131,6 +146,8 @@ def end_cause(pod: Pod) -> Cause:
     enforced = egress(pod)
     if enforced.status == "False":
         return Cause(SandboxReady.EGRESS_NOT_ENFORCED, enforced.message)
+    if (unstarted := failed_to_start(pod)) is not None:
+        return unstarted
     status = pod.get("status") or {}
     if status.get("reason"):
         text = f"{status['reason']}: {status.get('message', '')}".rstrip(": ")

@@ -123,7 +123,10 @@ class SandboxPlan:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Outcome of the checks: why it is not Ready (None: it is), and what to do about it."""
+    """Outcome of the checks: why it is not Ready (None: it is), and what to do about it.
+
+    `anew`: this pod counts as if it had never been; the next look, without it, makes one.
+    """
 
     cause: Cause | None
     create: bool = False
@@ -131,6 +134,7 @@ class _Verdict:
     mark: Literal["Pending", "Failed", "Lost"] | None = None
     stopping: bool = False
     doomed: bool = False
+    anew: bool = False
     requeue_after: float | None = None
 
 
@@ -246,6 +250,8 @@ def _lost(snap: SandboxSnapshot) -> _Verdict:
 
 def _with_pod(snap: SandboxSnapshot, pod: Mapping[str, Any], now: datetime) -> _Verdict:
     held = snap.sandbox.spec.holder is not None
+    if (unstarted := _another_try(snap, pod, now)) is not None:
+        return unstarted
     if held and pod_state.is_terminating(pod) and snap.record in ("Failed", "Lost"):
         return replace(_lost(snap), stopping=True)
     if pod_state.is_terminating(pod):
@@ -281,6 +287,25 @@ def _was_ready(snap: SandboxSnapshot, pod: Mapping[str, Any]) -> bool:
     return status.started_time is not None and status.pod_uid == pod["metadata"]["uid"]
 
 
+def _another_try(snap: SandboxSnapshot, pod: Mapping[str, Any], now: datetime) -> _Verdict | None:
+    """A pod whose node could not start a container: nothing ran in it, so that another one may take its place."""
+    cause = pod_state.failed_to_start(pod)
+    if cause is None or _was_ready(snap, pod) or not _in_time(snap, now):
+        return None
+    if snap.sandbox.spec.holder is not None and snap.record != "Pending":
+        return (
+            None  # only what the store itself says counts: the session may have been given this pod
+        )
+    cause = replace(cause, message=f"{cause.message} Another pod is made.")
+    return _Verdict(cause, delete=not pod_state.is_terminating(pod), mark="Pending", anew=True)
+
+
+def _in_time(snap: SandboxSnapshot, now: datetime) -> bool:
+    """Within the startup timeout since the Sandbox was made."""
+    since = snap.sandbox.metadata.creation_timestamp or now
+    return now - since < timedelta(seconds=snap.startup_timeout_s)
+
+
 def _failed(snap: SandboxSnapshot, pod: Mapping[str, Any]) -> _Verdict:
     """The pod has ended. A session's stays for people to look at; one made by hand is replaced."""
     cause = pod_state.end_cause(pod)
@@ -308,6 +333,7 @@ def _status(snap: SandboxSnapshot, verdict: _Verdict, now: datetime) -> SandboxS
     """The whole status, from this look alone."""
     old, meta = snap.sandbox.status, snap.sandbox.metadata
     pod = snap.pod if snap.pod and pod_state.owned_by(snap.pod, meta.uid) else None
+    pod = None if verdict.anew else pod
     observed = [_ready(verdict), pod_state.egress(pod)]
     if (doomed := _stalled(verdict)) is not None:
         observed.append(doomed)
@@ -315,7 +341,7 @@ def _status(snap: SandboxSnapshot, verdict: _Verdict, now: datetime) -> SandboxS
         observed.append(moving)
     merged = conditions.merge(old.conditions, observed, generation=meta.generation, now=now)
     uid = str(pod["metadata"]["uid"]) if pod else ""
-    if not uid and snap.sandbox.spec.holder is not None:
+    if not uid and snap.sandbox.spec.holder is not None and not verdict.anew:
         uid = (
             old.pod_uid
         )  # that it had a pod is what keeps a session's sandbox from getting another

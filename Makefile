@@ -47,6 +47,11 @@ unit: setup ## Tests without a cluster: unit, contract, integration, adversarial
 	$(PYTEST) -n 2 --dist loadfile -m "not e2e and not apiserver" tests
 	@hack/test-packages.sh go
 
+.PHONY: soak
+soak: setup ## Thousands of simulated histories with faults, and every control (COWHAND_SEEDS=5000)
+	@hack/store.sh ensure >/dev/null
+	COWHAND_SEEDS=$${COWHAND_SEEDS:-5000} $(PYTEST) -s --timeout 36000 tests/simulation
+
 .PHONY: e2e
 e2e: setup ## Tests on the cluster (needs cluster, images, install)
 	$(PYTEST) -n 3 -m "(e2e or apiserver) and not disruptive" -x --timeout 600 tests

@@ -48,9 +48,9 @@ unit: setup ## Tests without a cluster: unit, contract, integration, adversarial
 	@hack/test-packages.sh go
 
 .PHONY: soak
-soak: setup ## Thousands of simulated histories with faults, and every control (COWHAND_SEEDS=5000)
+soak: setup ## Thousands of simulated histories with faults (COWHAND_SEEDS=5000), every broken connection, every control
 	@hack/store.sh ensure >/dev/null
-	COWHAND_SEEDS=$${COWHAND_SEEDS:-5000} $(PYTEST) -s --timeout 36000 tests/simulation
+	COWHAND_SEEDS=$${COWHAND_SEEDS:-5000} COWHAND_CHAOS=all $(PYTEST) -s tests/simulation tests/chaos
 
 .PHONY: e2e
 e2e: setup ## Tests on the cluster (needs cluster, images, install)

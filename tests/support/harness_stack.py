@@ -137,6 +137,7 @@ class Stack:
     follows: list[asyncio.Task[None]] = field(default_factory=list)
     local: list[asyncio.Task[None]] = field(default_factory=list)
     closing: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    way_to_sandboxd: Callable[[int], Awaitable[int]] | None = None
 
     # Sessions.
 
@@ -205,6 +206,8 @@ class Stack:
             log=self.folder / f"{uid}.log",
         )  # fmt: skip
         tls, cert = self_signed()
+        if self.way_to_sandboxd is not None:
+            port = await self.way_to_sandboxd(port)
         broker = StubBroker(self.key, sandbox_uid=uid, session_id=session_id)
         proxy = sandbox_proxy.SandboxProxy(broker, port)  # type: ignore[arg-type]
         server = Server(proxy.app, sandbox_proxy.render, tls=tls)
@@ -256,14 +259,15 @@ class Stack:
         await until("the worker is ready", ready.exists)
         return pod_uid
 
-    async def local_worker(self) -> Worker:
-        """A worker in this process: quick to start, for tests that kill nobody."""
+    async def local_worker(self, store: session.Store | None = None) -> Worker:  # type: ignore[name-defined]
+        """A worker in this process: quick to start, for tests that kill nobody. `store`: its own way to the store."""
         model = AnthropicModel(self.proxy_url)
         transport, credentials = PinnedTransport(), ProxyCredentials(self.proxy_url)
         ready = asyncio.Event()
+        store = store or self.store
         worker = Worker(
-            self.store.worker_log(f"pod-{uuid.uuid4().hex[:8]}"),
-            self.store.session_log(),
+            store.worker_log(f"pod-{uuid.uuid4().hex[:8]}"),
+            store.session_log(),
             surroundings(model, transport, credentials, SandboxSettings(wait_s=30)),
             WorkerSettings(NAMESPACE),
             on_ready=ready.set,
@@ -328,8 +332,21 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def stack(store_url: str, folder: Path, *, partitions: int = 2) -> AsyncIterator[Stack]:
-    """Everything but workers, which a test (or a benchmark) starts itself."""
+async def stack(
+    store_url: str,
+    folder: Path,
+    *,
+    partitions: int = 2,
+    way_to_model: Callable[[int], Awaitable[int]] | None = None,
+) -> AsyncIterator[Stack]:
+    """Everything but workers, which a test (or a benchmark) starts itself.
+
+    Args:
+        store_url: of the store.
+        folder: for logs and for the files of sandboxes.
+        partitions: of the store.
+        way_to_model: gets the port of the model server, answers the one by which the harness's proxy reaches it.
+    """
     key, port = SigningKey.generate(), free_port()
     model = await start_process(
         "model_server",
@@ -341,7 +358,8 @@ async def stack(store_url: str, folder: Path, *, partitions: int = 2) -> AsyncIt
         log=folder / "model.log",
     )  # fmt: skip
     model_url = f"http://127.0.0.1:{port}"
-    broker = StubBroker(key, model_url=model_url)
+    way = f"http://127.0.0.1:{await way_to_model(port)}" if way_to_model else model_url
+    broker = StubBroker(key, model_url=way)
     proxy = harness_proxy.HarnessProxy(broker)  # type: ignore[arg-type]
     server = Server(proxy.app, harness_proxy.render)
     await server.start("127.0.0.1", 0)

@@ -54,7 +54,7 @@ soak: setup ## Thousands of simulated histories with faults (COWHAND_SEEDS=5000)
 
 .PHONY: e2e
 e2e: setup ## Tests on the cluster (needs cluster, images, install)
-	$(PYTEST) -n 3 -m "(e2e or apiserver) and not disruptive" -x --timeout 600 tests
+	$(PYTEST) -n 3 --dist loadgroup -m "(e2e or apiserver) and not disruptive" -x --timeout 600 tests
 	$(PYTEST) -m disruptive -x --timeout 600 tests
 
 .PHONY: bench

@@ -350,15 +350,22 @@ class Session:
         return pod
 
     def holder(self) -> Json:
-        """The harness pod that holds the lease, by the last `session.wake` of the log."""
-        wake = [e for e in self.log() if e["type"] == "session.wake"][-1]
-        uid = wake["lease"].split(":")[1].split(".")[0]
-        for pod in self.rig.cluster.items(
-            "pods", self.namespace, "app.kubernetes.io/component=harness"
-        ):
-            if pod["metadata"]["uid"] == uid:
-                return pod
-        raise AssertionError(f"no harness pod has uid {uid}")
+        """The harness pod that holds the lease, by the last `session.wake` of the log.
+
+        A pod that was deleted by force may work on for a while, until the kubelet has ended its restarted
+        container: then the session's next holder is waited for.
+        """
+
+        def known() -> Json | None:
+            wake = [e for e in self.log() if e["type"] == "session.wake"][-1]
+            uid = wake["lease"].split(":")[1].split(".")[0]
+            pods = self.rig.cluster.items(
+                "pods", self.namespace, "app.kubernetes.io/component=harness"
+            )
+            return next((pod for pod in pods if pod["metadata"]["uid"] == uid), None)
+
+        found: Json = eventually("a harness pod that holds the session", known)
+        return found
 
 
 class Rig:

@@ -203,6 +203,7 @@ def test_sandbox_pods_have_no_token_and_no_rights(rig: Rig) -> None:
     assert pod["spec"]["automountServiceAccountToken"] is False
 
 
+@pytest.mark.xdist_group("team-b")
 def test_a_tenant_cannot_reach_another_tenants_keys(rig: Rig) -> None:
     """The harness's own store login of `default`, used from its own pod, reads nothing of `team-b`."""
     marker = rig.model.script({"content": [say("secret of b")]})

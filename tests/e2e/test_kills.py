@@ -14,7 +14,11 @@ import pytest
 from e2e.checks import COUNT, check_log, check_requests, final_text
 from lab import SYSTEM, Follower, Rig, Session, bash, eventually, say
 
-pytestmark = [pytest.mark.e2e, pytest.mark.disruptive]
+pytestmark = pytest.mark.e2e
+
+TENANT = "team-b"
+"""Where harness pods are killed: nobody else's sessions run there meanwhile (its tests are one group)."""
+
 
 WAIT_FOR_FILE = "while [ ! -e /workspace/go ]; do sleep 0.1; done; "
 
@@ -50,7 +54,7 @@ def _first_request(rig: Rig) -> tuple[Session, Callable[[Follower], None], Calla
         {"content": [bash(COUNT)], "gate": gate}, {"content": [say("at {{result:-1}}")]}
     )
     return (
-        rig.session(f"{marker}"),
+        rig.session(f"{marker}", namespace=TENANT),
         lambda _: rig.model.wait_gate(gate),
         lambda: rig.model.release(gate),
     )
@@ -63,7 +67,7 @@ def _mid_stream(rig: Rig) -> tuple[Session, Callable[[Follower], None], Callable
         {"content": [say("at {{result:-1}}")]},
     )
     return (
-        rig.session(f"{marker}"),
+        rig.session(f"{marker}", namespace=TENANT),
         lambda _: rig.model.wait_gate(gate),
         lambda: rig.model.release(gate),
     )
@@ -75,7 +79,7 @@ def _sandbox_on_its_way(rig: Rig) -> tuple[Session, Callable[[Follower], None], 
     def reached(events: Follower) -> None:
         events.until_type("hand.requested")
 
-    return rig.session(f"{marker}"), reached, lambda: None
+    return rig.session(f"{marker}", namespace=TENANT), reached, lambda: None
 
 
 def _tool_running(rig: Rig) -> tuple[Session, Callable[[Follower], None], Callable[[], None]]:
@@ -84,7 +88,7 @@ def _tool_running(rig: Rig) -> tuple[Session, Callable[[Follower], None], Callab
         {"content": [bash(WAIT_FOR_FILE + COUNT)]},
         {"content": [say("at {{result:-1}}")]},
     )
-    session = rig.session(f"{marker}")
+    session = rig.session(f"{marker}", namespace=TENANT)
 
     def reached(events: Follower) -> None:
         events.until_type("tool.result")
@@ -94,7 +98,7 @@ def _tool_running(rig: Rig) -> tuple[Session, Callable[[Follower], None], Callab
         # not by exec: the one shell of the sandbox is busy with the call that waits
         pod = session.sandbox_pod()["metadata"]["name"]
         rig.cluster.kubectl(
-            "-n", "default", "exec", pod, "-c", "sandbox", "--", "touch", "/workspace/go"
+            "-n", session.namespace, "exec", pod, "-c", "sandbox", "--", "touch", "/workspace/go"
         )
 
     return session, reached, let_go
@@ -106,12 +110,13 @@ def _results_in(rig: Rig) -> tuple[Session, Callable[[Follower], None], Callable
         {"content": [bash(COUNT)]}, {"content": [say("at {{result:-1}}")], "gate": gate}
     )
     return (
-        rig.session(f"{marker}"),
+        rig.session(f"{marker}", namespace=TENANT),
         lambda _: rig.model.wait_gate(gate),
         lambda: rig.model.release(gate),
     )
 
 
+@pytest.mark.xdist_group(TENANT)
 @pytest.mark.parametrize(
     "arrange",
     [_first_request, _mid_stream, _sandbox_on_its_way, _tool_running, _results_in],
@@ -181,6 +186,7 @@ def test_sandbox_killed_before_it_is_ready(rig: Rig) -> None:
     assert "two" in final_text(log)
 
 
+@pytest.mark.disruptive
 def test_operator_killed_in_mid_turn(rig: Rig) -> None:
     gate = _gate("operator")
     marker = rig.model.script(
@@ -197,6 +203,7 @@ def test_operator_killed_in_mid_turn(rig: Rig) -> None:
     assert "at 1" in final_text(log)
 
 
+@pytest.mark.disruptive
 def test_store_restarted_in_mid_turn(rig: Rig) -> None:
     gate = _gate("store")
     marker = rig.model.script(

@@ -13,7 +13,7 @@ import json
 import logging
 import random
 import secrets
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from unittest import mock
@@ -635,7 +635,13 @@ class SimModel:
         self._world = world
 
     async def stream(
-        self, body: bytes, *, session_id: str, lease: str, on_text: Callable[[str], None]
+        self,
+        body: bytes,
+        *,
+        session_id: str,
+        lease: str,
+        on_text: Callable[[str], None],
+        betas: Sequence[str] = (),
     ) -> Response:
         world = self._world
         future: asyncio.Future[Any] = world.loop.create_future()

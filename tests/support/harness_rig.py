@@ -118,6 +118,8 @@ class World:
     """What outlives a worker: the log, the sandboxes, the requests that the model saw.
 
     Attributes:
+        timer: when the session that was parked last wants to be woken, milliseconds.
+        tick: the store's clock, milliseconds; events add a little to it.
         on_point: called with the number and name of each point; may kill, raise or emit.
     """
 
@@ -134,10 +136,12 @@ class World:
     on_news: Callable[[], None] = lambda: None
     hand_state: Literal["Ready", "Pending", "Failed"] = "Ready"
     fenced_appends: int = 0
+    timer: int | None = None
+    tick: int = 0
 
     def put(self, kind: str, payload: bytes, *, event_id: str = "", lease: str = "") -> int:
         seq = len(self.events) + 1
-        self.events.append(Event(seq, kind, event_id, seq, lease, payload))
+        self.events.append(Event(seq, kind, event_id, self.tick + seq, lease, payload))
         return seq
 
     def emit(self, event: NewEvent) -> int:
@@ -293,7 +297,14 @@ class FakeLog:
     async def touch(self, lease: Lease) -> None:
         return None
 
-    async def park(self, lease: Lease, expected_next: int, *, state: State = "idle") -> Parked:
+    async def park(
+        self,
+        lease: Lease,
+        expected_next: int,
+        *,
+        state: State = "idle",
+        wake_at_ms: int | None = None,
+    ) -> Parked:
         await self._point("park")
         world = self._world
         if world.lease != lease.value:
@@ -301,6 +312,7 @@ class FakeLog:
         if len(world.events) + 1 != expected_next:
             return Parked(False, len(world.events) + 1)
         world.lease = ""
+        world.timer = wake_at_ms
         return Parked(True, expected_next)
 
     async def handover(self, lease: Lease) -> None:

@@ -270,6 +270,10 @@ async def test_a_tenant_does_all_its_work_and_the_control_plane_too(guarded):
         lease = await make.take(worker, sid)
         assert await worker.get_hand(sid, "sandbox", 1) is None
         assert await worker.sweep() == 0
+        parked = await worker.park(lease, lease.next_seq, state="rescheduling", wake_at_ms=1)
+        assert parked.parked
+        assert await worker.sweep() == 1
+        lease = await make.take(worker, sid)
         await control.set_mode("team-a", sid, "suspended", make.suspended())
         assert await control.take_projections("team-a") == [sid]
         assert await anext(control.projection_nudges(["team-a", "team-b"])) == "team-a"

@@ -214,6 +214,95 @@ async def test_a_session_parked_for_rescheduling_comes_back(log_roles):
     assert (await make.take(log_roles.worker, sid)).next_seq == 5
 
 
+async def server_ms(roles) -> int:
+    seconds, micros = await roles.store.reads.call("TIME")
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+async def timers(roles) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for base in roles.store.keys().bases():
+        flat = await roles.store.reads.call("ZRANGE", base + "tmr", 0, -1, "WITHSCORES")
+        found |= {sid.decode(): int(at) for sid, at in zip(flat[::2], flat[1::2], strict=True)}
+    return found
+
+
+async def reschedule(roles, wake_at: int) -> str:
+    sid = await make.start(roles.log)
+    lease = await make.take(roles.worker, sid)
+    parked = await roles.worker.park(lease, 4, state="rescheduling", wake_at_ms=wake_at)
+    assert parked == Parked(True, 4)
+    return sid
+
+
+async def test_a_timer_that_is_up_makes_the_session_ready_and_no_other(log_roles):
+    now = await server_ms(log_roles)
+    due = await reschedule(log_roles, now - 1)
+    later = await reschedule(log_roles, now + 600_000)
+    assert await timers(log_roles) == {due: now - 1, later: now + 600_000}
+    assert await log_roles.worker.sweep() == 1
+    assert await timers(log_roles) == {later: now + 600_000}
+    work = log_roles.worker.work()
+    assert await asyncio.wait_for(anext(work), 60) == due
+    await work.aclose()
+    # Neither the operator's sweep with its audit nor another of a worker takes the other one before its time.
+    assert await log_roles.control.sweep("team-a") == 0
+    assert await log_roles.worker.sweep() == 0
+
+
+async def test_the_audit_finds_a_session_whose_timer_was_lost(log_roles):
+    sid = await reschedule(log_roles, await server_ms(log_roles) + 600_000)
+    base = log_roles.store.keys().base_of(sid)
+    await log_roles.store.writes.call("ZREM", base + "tmr", sid)
+    assert await log_roles.control.sweep("team-a") == 1
+
+
+async def test_input_wakes_a_session_before_its_timer_and_clears_it(log_roles):
+    sid = await reschedule(log_roles, await server_ms(log_roles) + 600_000)
+    await log_roles.log.emit_event(sid, make.message("m1"))
+    work = log_roles.worker.work()
+    assert await asyncio.wait_for(anext(work), 60) == sid
+    await work.aclose()
+    lease = await make.take(log_roles.worker, sid)
+    assert await timers(log_roles) == {}
+    assert lease.next_seq == 6
+
+
+async def test_a_timer_does_not_wake_a_suspended_held_or_deleted_session(log_roles):
+    past = await server_ms(log_roles) - 1
+    suspended, held, deleted = [await reschedule(log_roles, past) for _ in range(3)]
+    await log_roles.control.set_mode("team-a", suspended, "suspended", make.suspended())
+    await make.take(log_roles.worker, held)
+    await log_roles.control.close("team-a", deleted, make.deleted(), retain_s=60)
+    assert await timers(log_roles) == {suspended: past}
+    keys = log_roles.store.keys()
+    for sid in (held, deleted):  # entries that came back with an old copy of the store
+        await log_roles.store.writes.call("ZADD", keys.base_of(sid) + "tmr", past, sid)
+    assert await log_roles.worker.sweep() == 0
+    assert await timers(log_roles) == {}
+    await log_roles.control.set_mode("team-a", suspended, "running", make.resumed())
+    assert (await make.take(log_roles.worker, suspended)).next_seq == 7
+
+
+async def test_a_herd_of_timers_comes_in_portions(log_roles, monkeypatch):
+    monkeypatch.setattr("cowhand.session.upkeep.DUE_AT_A_TIME", 1)
+    past = await server_ms(log_roles) - 10
+    sid = make.new_sid()
+    base = log_roles.store.keys().base_of(sid)
+    same = [sid]
+    while len(same) < 3:
+        one = make.new_sid()
+        if log_roles.store.keys().base_of(one) == base:
+            same.append(one)
+    for number, one in enumerate(same):
+        await make.start(log_roles.log, sid=one)
+        lease = await make.take(log_roles.worker, one)
+        await log_roles.worker.park(lease, 4, state="rescheduling", wake_at_ms=past + number)
+    for left in (same[1:], same[2:], []):
+        assert await log_roles.worker.sweep() == 1
+        assert list(await timers(log_roles)) == left, "the earliest first"
+
+
 async def test_handover_gives_the_session_to_another_worker_at_once(log_roles, other):
     sid = await make.start(log_roles.log)
     lease = await make.take(log_roles.worker, sid)

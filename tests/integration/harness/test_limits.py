@@ -65,6 +65,38 @@ async def test_retries_are_counted_over_workers_and_end(monkeypatch: pytest.Monk
     assert made.data(ev.MODEL_REQUEST_END)[0]["error"]["status"] == 529
 
 
+async def test_a_long_wait_gives_the_place_back_until_its_time() -> None:
+    answers: list[Any] = [ModelError("overloaded_error", "busy", status=529, retry_after_s=60.0)]
+    answers += [message(text("hi")), message(text("hurrying"))]
+    made = world()
+    script = lambda request: answers.pop(0)  # noqa: E731
+    await run(made, script)
+    (waits,) = made.data(ev.STATUS_RESCHEDULED)
+    assert waits["reason"] == "overloaded_error"
+    assert made.timer == waits["wake_at"] > made.events[-1].ts + 50_000
+    assert len(made.requests) == 1
+    made.emit(user("hurry", "m2"))
+    await run(made, script)
+    assert made.timer == waits["wake_at"], "input does not shorten the wait"
+    assert len(made.requests) == 1
+    # Its time has come.
+    made.tick = waits["wake_at"]
+    await run(made, script)
+    assert made.requests[0] == made.requests[1], "the same bytes again"
+    assert len(made.requests) == 3, "and then the turn of the message that came meanwhile"
+    assert made.types().count(ev.STATUS_RUNNING) == 2, "rescheduled, then running again"
+    assert made.data(ev.STATUS_IDLE)[-1]["stop_reason"] == {"type": "end_turn"}
+    assert made.timer is None
+
+
+async def test_a_short_wait_keeps_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cowhand.harness.decide.BACKOFF_BASE_S", 0.0001)
+    answers: list[Any] = [ModelError("overloaded_error", "busy"), message(text("hi"))]
+    made = await run(world(), lambda request: answers.pop(0))
+    assert made.data(ev.STATUS_RESCHEDULED) == []
+    assert made.types().count(ev.SESSION_WAKE) == 1
+
+
 async def test_a_log_of_a_newer_release_is_refused_and_kept() -> None:
     made = world(assembler=2)
     made.emit(user("more", "m2"))

@@ -243,6 +243,24 @@ def test_retry_after_is_a_floor_and_backoff_is_capped() -> None:
     assert step.backoff == (7, 8)
 
 
+def test_a_rescheduled_session_waits_for_its_time_and_then_sends_at_once() -> None:
+    log = Log().say().fail("overloaded_error", retry_after_s=30)
+    log.put(NewEvent(ev.STATUS_RESCHEDULED, {"reason": "overloaded_error", "wake_at": 5000}))
+    assert next_step(log.fold(), now_ms=4999) == Park(until=5000)
+    log.say("more")
+    assert next_step(log.fold(), now_ms=4999) == Park(until=5000), "input changes nothing"
+    step = next_step(log.fold(), now_ms=5000)
+    assert isinstance(step, SendRequest)
+    assert (step.attempt, step.backoff) == (2, (0, 0)), "the wait is over"
+    log.interrupt()
+    assert appended(next_step(log.fold(), now_ms=4000)) == [("idle", "interrupted")]
+    log.do()
+    assert log.fold().wake_at is None
+    log.say("again").fail("overloaded_error")
+    assert isinstance(step := log.step(), SendRequest)
+    assert step.backoff == backoff(1, None), "and the next failure has a wait of its own"
+
+
 def test_a_prefix_that_cannot_be_rebuilt_stops_the_session() -> None:
     log = Log().say().answer(text("hi")).do()
     start = next(event for event in log.events if event.type == ev.MODEL_REQUEST_START)

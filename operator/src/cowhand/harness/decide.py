@@ -93,7 +93,13 @@ class RunTools:
 
 @dataclass(frozen=True)
 class Park:
-    """Nothing to do: give the lease back."""
+    """Nothing to do: give the lease back.
+
+    Attributes:
+        until: nothing to do before this time, milliseconds of the store's clock; None: until input comes.
+    """
+
+    until: int | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,10 @@ def _budget_reached(conversation: Conversation, limit: str) -> Step:
     return Append((*cut, idle("budget_reached", budget=limit)))
 
 
-def _request_step(conversation: Conversation) -> Step:
+def _request_step(conversation: Conversation, now_ms: int | None) -> Step:
+    wake_at = conversation.wake_at
+    if wake_at is not None and now_ms is not None and now_ms < wake_at:
+        return Park(until=wake_at)
     allowed = budget.allowance(conversation, conversation.wanted_tokens)
     if not allowed.max_tokens:
         return _budget_reached(conversation, allowed.reached)
@@ -196,7 +205,7 @@ def _request_step(conversation: Conversation) -> Step:
             attempt=last.attempt + 1,
             horizon=last.horizon,
             max_tokens=allowed.max_tokens,
-            backoff=backoff(conversation.failures, after),
+            backoff=(0.0, 0.0) if wake_at is not None else backoff(conversation.failures, after),
             accept_cut=conversation.limit_step > 0 or bool(allowed.reached),
         )
     return SendRequest(
@@ -288,11 +297,11 @@ def next_step(
         left = None if now_ms is None else budget.seconds_left(conversation, now_ms)
         if left is not None and left <= 0:
             return _budget_reached(conversation, budget.MAX_DURATION)
-        return _work_step(conversation, provisioned)
+        return _work_step(conversation, provisioned, now_ms)
     return Park()
 
 
-def _work_step(conversation: Conversation, provisioned: bool) -> Step:
+def _work_step(conversation: Conversation, provisioned: bool, now_ms: int | None) -> Step:
     """The next step of an open turn, or of one that is to begin."""
     step = _failed(conversation) or _ending(conversation)
     if step is None and not provisioned:
@@ -307,7 +316,7 @@ def _work_step(conversation: Conversation, provisioned: bool) -> Step:
         or conversation.stop_reason in ("pause_turn", "max_tokens")
     )
     if conversation.triggered or unanswered:
-        return _request_step(conversation)
+        return _request_step(conversation, now_ms)
     return Append((idle("end_turn"),))
 
 

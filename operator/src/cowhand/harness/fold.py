@@ -140,6 +140,8 @@ class Conversation:
         running_since: when it began to run after that, milliseconds; None while idle.
         context_tokens: input and output tokens of the newest response; 0: none counts any more.
         counted_messages: messages that `context_tokens` counts.
+        wake_at: milliseconds of the store's clock before which the next request must not be sent
+            (`session.status_rescheduled`); None when no wait is under way.
         refused: the budget stopped the session after the newest message came.
         wakes: wakes in a row without progress.
         lineage: of a fork: (session, last position that it wrote), oldest first.
@@ -178,6 +180,7 @@ class Conversation:
     running_since: int | None = None
     context_tokens: int = 0
     counted_messages: int = 0
+    wake_at: int | None = None
     refused: bool = False
     wakes: int = 0
     lineage: tuple[tuple[str, int], ...] = ()
@@ -391,6 +394,7 @@ class Conversation:
         self.suspended = False
         self.refused = False
         self.budget = data.get("budget") or {}
+        self.wake_at = None
         self.wakes = 0
 
     def _suspended(self, seq: int, data: Mapping[str, Any]) -> None:
@@ -409,8 +413,14 @@ class Conversation:
     def _running(self, seq: int, data: Mapping[str, Any]) -> None:
         self.idle = None
 
+    def _rescheduled(self, seq: int, data: Mapping[str, Any]) -> None:
+        at = data.get("wake_at")
+        self.wake_at = at if type(at) is int else None
+        self.wakes = 0
+
     def _request_start(self, seq: int, data: Mapping[str, Any]) -> None:
         self.idle = None
+        self.wake_at = None
         if data["n"] > self.n:
             self._commit(int(data["horizon"]))
             self.n = int(data["n"])
@@ -532,6 +542,7 @@ class Conversation:
     def _status_idle(self, seq: int, data: Mapping[str, Any]) -> None:
         self.idle = data["stop_reason"]
         self.refused = self.idle["type"] == "budget_reached"
+        self.wake_at = None
         self.wakes = 0
         if self.idle["type"] in st.ENDS_TURN:
             self.ended = True
@@ -596,6 +607,7 @@ _HANDLERS: Final[Mapping[str, Callable[[Conversation, int, Mapping[str, Any]], N
     ev.HAND_LOST: Conversation._hand_lost,
     ev.STATUS_RUNNING: Conversation._running,
     ev.STATUS_IDLE: Conversation._status_idle,
+    ev.STATUS_RESCHEDULED: Conversation._rescheduled,
     ev.SESSION_ERROR: Conversation._session_error,
 }
 

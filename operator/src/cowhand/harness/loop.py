@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, TypeVar
 from cowhand.errors import LogIncompatible, Suspended, UserError
 from cowhand.hands.base import Outcome, next_instance
 from cowhand.hands.registry import Delivery, Hands
-from cowhand.harness import decide
+from cowhand.harness import decide, metering
 from cowhand.harness.budget import calls_left, cost_nanousd, seconds_left
 from cowhand.harness.calls import ToolCall, plan_open, plan_tools
 from cowhand.harness.decide import (
@@ -38,7 +38,8 @@ from cowhand.harness.request import body, prefix_sha
 from cowhand.harness.stream import ModelError
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
-from cowhand.session.log import HandRecord, Parked, WorkerLog
+from cowhand.session.log import HandRecord, Parked, State, WorkerLog
+from cowhand.telemetry.metrics import RESCHEDULED
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +72,12 @@ class LoopSettings:
 
     Attributes:
         tool_timeout_ms: time limit of a call that names none.
+        wait_s: longest wait for a model request, seconds, that keeps a place in the worker; a longer one gives the
+            session back until then.
     """
 
     tool_timeout_ms: int = 120_000
+    wait_s: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -274,14 +278,17 @@ class SessionLoop:
                 case Stop():
                     return End.CLOSED
                 case Park():
-                    if (await self._give_back(conversation.last_seq + 1)).parked:
+                    if (await self._give_back(conversation.last_seq + 1, step.until)).parked:
                         return End.PARKED
                     await self._journal.sync()
 
-    async def _give_back(self, expected: int) -> Parked:
+    async def _give_back(self, expected: int, until: int | None = None) -> Parked:
         self._around.probe("park")
         lease = self._journal.lease
-        return await steadily("park", lambda: self._worker.park(lease, expected))
+        state: State = "idle" if until is None else "rescheduling"
+        return await steadily(
+            "park", lambda: self._worker.park(lease, expected, state=state, wake_at_ms=until)
+        )
 
     async def _hand_over(self) -> End:
         lease = self._journal.lease
@@ -322,9 +329,10 @@ class SessionLoop:
             await asyncio.gather(task, stopper, return_exceptions=True)
 
     def _running(self) -> tuple[NewEvent, ...]:
-        """`session.status_running`, where the session was idle before."""
+        """`session.status_running`, where the session was idle or rescheduled before."""
         conversation = self._journal.conversation
-        fresh = conversation.idle is not None or conversation.n == 0
+        waited = conversation.wake_at is not None
+        fresh = waited or conversation.idle is not None or conversation.n == 0
         return (NewEvent(ev.STATUS_RUNNING, {}),) if fresh else ()
 
     async def _provision(self, step: Provision) -> None:
@@ -343,6 +351,10 @@ class SessionLoop:
         conversation = self._journal.conversation
         if step.backoff[1] > 0 and self._waited != (step.n, step.attempt):
             pause = random.uniform(*step.backoff)  # noqa: S311
+            if pause > self._settings.wait_s:
+                assert conversation.error is not None, "a backoff follows a failure"
+                await self._reschedule(str(conversation.error["type"]), pause)
+                return
             self._waited = (step.n, step.attempt)
             with contextlib.suppress(Stopped):
                 await self._race(asyncio.sleep(pause), self._stop_waits)
@@ -380,6 +392,13 @@ class SessionLoop:
             await self._received(step, seq, response)
         finally:
             self._streaming = False
+
+    async def _reschedule(self, reason: str, pause: float) -> None:
+        """Say in the log when the next request may be sent; the step that follows gives the session back till then."""
+        wake_at = self._journal.now_ms() + round(pause * 1000)
+        data = {"reason": reason, "wake_at": wake_at}
+        await self._journal.append((NewEvent(ev.STATUS_RESCHEDULED, data),))
+        RESCHEDULED.labels(metering.kind(reason)).inc()
 
     def _stream(self, raw: bytes) -> Coroutine[Any, Any, Response]:
         return self._around.model.stream(

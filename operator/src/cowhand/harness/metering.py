@@ -31,6 +31,11 @@ _TOKENS: Final[Mapping[str, str]] = {
 }
 
 
+def kind(error_type: str) -> str:
+    """The label of an error type."""
+    return _OUTCOMES.get(error_type, "other")
+
+
 class MeteredModel:
     """See `model.Model`."""
 
@@ -56,7 +61,7 @@ class MeteredModel:
             response = await answer
             outcome = "ok"
         except ModelError as err:
-            outcome = _OUTCOMES.get(err.type, "other")
+            outcome = kind(err.type)
             raise
         except asyncio.CancelledError:
             outcome = "cancelled"

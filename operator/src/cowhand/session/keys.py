@@ -80,7 +80,7 @@ class SessionKeys:
     session_id: str
 
     def name(self, part: str) -> str:
-        """Key of a part: meta, log, dedupe, hands (of the session), ready, workers, own, proj (of its partition)."""
+        """Key of a part of the session (meta, log, ...) or of its partition (ready, workers, own, proj, timers)."""
         suffix = _SESSION_PARTS.get(part)
         if suffix is not None:
             return f"{self.base}s:{self.session_id}:{suffix}"
@@ -113,4 +113,10 @@ class SessionKeys:
 
 
 _SESSION_PARTS: Final = {"meta": "m", "log": "l", "dedupe": "d", "hands": "h"}
-_PARTITION_PARTS: Final = {"ready": "rdy", "workers": "w", "own": "own", "proj": "proj"}
+_PARTITION_PARTS: Final = {
+    "ready": "rdy",
+    "workers": "w",
+    "own": "own",
+    "proj": "proj",
+    "timers": "tmr",
+}

@@ -384,18 +384,30 @@ class WorkerLog(Protocol):
     async def touch(self, lease: Lease) -> None:
         """Push the progress deadline (20 min after the last append or touch) of a long call; raises Fenced."""
 
-    async def park(self, lease: Lease, expected_next: int, *, state: State = "idle") -> Parked:
+    async def park(
+        self,
+        lease: Lease,
+        expected_next: int,
+        *,
+        state: State = "idle",
+        wake_at_ms: int | None = None,
+    ) -> Parked:
         """Give the lease back if nothing new has arrived since `expected_next`; raises Fenced.
 
-        `expected_next` is the position after the last event that the caller has read or written. `state`
-        `rescheduling` brings the session back within about a minute, `terminated` ends it for input too.
+        Args:
+            lease: from `claim`.
+            expected_next: position after the last event that the caller has read or written.
+            state: `rescheduling` brings the session back, at `wake_at_ms` or else within about a minute;
+                `terminated` ends it for input too.
+            wake_at_ms: milliseconds of the store's clock at which the session becomes ready again (about a
+                second later at most, by the next sweep of anybody). Input makes it ready before.
         """
 
     async def handover(self, lease: Lease) -> None:
         """Give the lease back and put the session on the ready queue for another worker."""
 
     async def sweep(self) -> int:
-        """Put sessions whose holder is dead or stuck back on the ready queue; answers how many.
+        """Put sessions whose holder is dead or stuck, or whose timer is up, back on the ready queue; answers how many.
 
         Call it every second or so; the slower parts of the upkeep (trimming) happen in it by themselves.
         """

@@ -1,7 +1,7 @@
 """Upkeep of a tenant's ready streams: whoever sweeps (every worker, and the operator) does a little of it.
 
-Takes sessions away from dead holders, trims what was read, forgets consumers that are gone, and (operator only,
-because it lists keys) looks for sessions that should be in a ready stream and are not.
+Takes sessions away from dead holders, wakes those whose timer is up, trims what was read, forgets consumers that
+are gone, and (operator only, because it lists keys) looks for sessions that should be in a ready stream and are not.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Final
 from cowhand.session.codec import pairs
 from cowhand.session.keys import GROUP, Keys, SessionKeys
 from cowhand.session.scripts import PARTS
-from cowhand.telemetry.metrics import TAKEOVERS
+from cowhand.telemetry.metrics import TAKEOVERS, TIMERS
 
 if TYPE_CHECKING:
     from cowhand.session.store import Store
+
+DUE_AT_A_TIME: Final = 200
+"""Timers of one partition that one sweep looks at: a herd after an outage comes in portions."""
 
 TRIM_SECONDS: Final = 10.0
 SLOW_SECONDS: Final = 60.0
@@ -35,7 +38,7 @@ class Upkeep:
     async def sweep(self) -> int:
         """Requeue sessions of dead or stuck holders, and what else is due; answers how many were requeued."""
         now = asyncio.get_running_loop().time()
-        requeued = await self.requeue()
+        requeued = sum(await asyncio.gather(self.requeue(), self.due()))
         if now >= self._trim_at:
             self._trim_at = now + TRIM_SECONDS
             await self.trim()
@@ -58,6 +61,20 @@ class Upkeep:
         requeued = sum(await asyncio.gather(*(self._one("requeue", sid) for sid in sids)))
         TAKEOVERS.inc(requeued)
         return requeued
+
+    async def due(self) -> int:
+        """Put sessions whose timer is up on the ready streams."""
+        bases = self._keys.bases()
+        counts: list[int] = await asyncio.gather(
+            *(
+                self._store.writes.script(
+                    "due", [base + "tmr", base + "rdy"], base, "", DUE_AT_A_TIME
+                )
+                for base in bases
+            )
+        )
+        TIMERS.inc(sum(counts))
+        return sum(counts)
 
     async def _one(self, script: str, session_id: str, *args: str) -> int:
         keys = self._keys.session(session_id)

@@ -357,11 +357,20 @@ class RedisWorkerLog:
             await self._regressed(lease, reply[1])
         return generation
 
-    async def park(self, lease: Lease, expected_next: int, *, state: State = "idle") -> Parked:
+    async def park(
+        self,
+        lease: Lease,
+        expected_next: int,
+        *,
+        state: State = "idle",
+        wake_at_ms: int | None = None,
+    ) -> Parked:
         """See `log.WorkerLog.park`."""
         try:
             reply = await self._store.script(
-                "park", self._keys.session(lease.session_id), lease.value, expected_next, state
+                "park",
+                self._keys.session(lease.session_id),
+                *(lease.value, expected_next, state, "" if wake_at_ms is None else wake_at_ms),
             )
         except (Fenced, SessionNotFound, SessionClosed) as err:
             self._lost(lease, err)

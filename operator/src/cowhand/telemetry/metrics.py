@@ -84,6 +84,17 @@ TAKEOVERS: Final = Counter(
     "Sessions that were taken from a dead or stuck holder and queued again (harness and operator)",
     registry=REGISTRY,
 )
+TIMERS: Final = Counter(
+    "cowhand_session_timers_total",
+    "Sessions that waited for a time (a retry, a rate limit) and were queued again when it came (harness and operator)",
+    registry=REGISTRY,
+)
+RESCHEDULED: Final = Counter(
+    "cowhand_sessions_rescheduled_total",
+    "Sessions that a harness gave back until a later time instead of waiting with them, by what they wait for",
+    ("reason",),
+    registry=REGISTRY,
+)
 MODEL_REQUESTS: Final = Counter(
     "cowhand_model_requests_total",
     "Model requests, by outcome: ok, cancelled (interrupt or drain), rate_limit, overloaded, refused (by our"
@@ -202,7 +213,16 @@ CATALOGUE: Final[tuple[tuple[str, tuple[MetricWrapperBase, ...]], ...]] = (
     (
         "Harness",
         (
-            *(SESSIONS_HELD, CLAIMS, TAKEOVERS, MODEL_REQUESTS, MODEL_SECONDS, MODEL_TTFT_SECONDS),
+            *(
+                SESSIONS_HELD,
+                CLAIMS,
+                TAKEOVERS,
+                TIMERS,
+                RESCHEDULED,
+                MODEL_REQUESTS,
+                MODEL_SECONDS,
+                MODEL_TTFT_SECONDS,
+            ),
             *(TOKENS, TOOL_CALLS, TOOL_SECONDS),
         ),
     ),

@@ -1,11 +1,15 @@
--- Heal a session that should be in the ready stream and is not (an entry lost with the tail of a store).
--- KEYS: meta, ready, workers, own.  ARGV: base, sid, group
-local META, READY, WORKERS, OWN = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+-- Heal a session that should be in the ready stream and is not (an entry or a timer lost with the tail of a store).
+-- KEYS: meta, ready, workers, own, timers.  ARGV: base, sid, group
+local META, READY, WORKERS, OWN, TIMERS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local m = redis.call('HMGET', META, 'state', 'lease', 'mode', 'rdy', 'input', 'seen')
 if m[1] == false or ended(m[1]) or m[3] ~= 'running' then return 0 end
 if live(m[2], WORKERS, OWN, now_ms()) then return 0 end
 if m[4] == '0' then
-  if m[2] == '' and m[1] == 'idle' and tonumber(m[5]) < tonumber(m[6]) then return 0 end
+  if m[2] == '' and tonumber(m[5]) < tonumber(m[6]) then
+    if m[1] == 'idle' then return 0 end
+    local timer = redis.call('ZSCORE', TIMERS, SID)
+    if timer and tonumber(timer) > now_ms() then return 0 end
+  end
   enqueue(META, READY)
   return 1
 end

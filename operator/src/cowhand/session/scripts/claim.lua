@@ -1,6 +1,6 @@
 -- Take the lease. A repeated call with the same nonce answers the same lease.
--- KEYS: meta, log, ready, workers, own, proj.  ARGV: base, sid, wid, nonce, progress_ms, group, ready ids...
-local META, LOG, READY, WORKERS, OWN, PROJ = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+-- KEYS: meta, log, ready, workers, own, proj, timers.  ARGV: base, sid, wid, nonce, progress_ms, group, ready ids...
+local META, LOG, READY, WORKERS, OWN, PROJ, TIMERS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local wid, nonce = ARGV[3], ARGV[4]
 local m = redis.call('HMGET', META, 'state', 'next', 'lease', 'epoch', 'mode')
 local state, nxt, lease, epoch, mode = m[1], m[2], m[3], m[4], m[5]
@@ -28,6 +28,7 @@ put(LOG, seq, 'session.wake', new, now, new, '')
 redis.call('HSET', META, 'lease', new, 'epoch', string.format('%d', ep), 'wseq', 0, 'wfirst', 0,
   'next', seq + 1, 'state', 'running')
 redis.call('ZADD', OWN, now + tonumber(ARGV[5]), SID)
+redis.call('ZREM', TIMERS, SID)
 project(PROJ)
 tail(seq)
 return {'OK', new, ep, seq + 1}

@@ -1,6 +1,6 @@
 -- End the log with session.deleted and take the lease away; the keys expire. Idempotent.
--- KEYS: meta, log, dedupe, hands, own, proj.  ARGV: base, sid, eid, type, payload, limit, retain_ms (0: delete)
-local META, LOG, DEDUPE, HANDS, OWN, PROJ = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+-- KEYS: meta, log, dedupe, hands, own, proj, timers.  ARGV: base, sid, eid, type, payload, limit, retain_ms (0: delete)
+local META, LOG, DEDUPE, HANDS, OWN, PROJ, TIMERS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local m = redis.call('HMGET', META, 'state', 'next', 'lease', 'tomb')
 local state, lease, tomb = m[1], m[3], m[4] or ''
 if state == false then return {'NOSESSION'} end
@@ -13,6 +13,7 @@ if first then
   redis.call('HSET', DEDUPE, ARGV[3], seq)
   redis.call('HSET', META, 'next', seq + 1, 'state', 'closed', 'lease', '')
   redis.call('ZREM', OWN, SID)
+  redis.call('ZREM', TIMERS, SID)
   tail(seq)
   nudge(lease, seq)
   project(PROJ)

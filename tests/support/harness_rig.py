@@ -44,6 +44,7 @@ from cowhand.wire.records import sign_record
 
 SID = "sesn_" + "0" * 32
 NAMESPACE = "team-a"
+WORKSPACE = "workspace-1"
 KEY = SigningKey.generate()
 
 
@@ -256,7 +257,7 @@ class FakeLog:
         world.epoch += 1
         world.lease = f"{world.epoch}:{self._name}:n"
         seq = world.put(ev.SESSION_WAKE, b"", event_id=world.lease, lease=world.lease)
-        return Lease(session_id, world.lease, world.epoch, seq + 1)
+        return Lease(session_id, world.lease, world.epoch, seq + 1, WORKSPACE)
 
     async def append(
         self, lease: Lease, events: Sequence[NewEvent], *, status: dict[str, Any] | None = None
@@ -395,6 +396,7 @@ class FakeModel:
         session_id: str,
         lease: str,
         on_text: Callable[[str], None],
+        on_start: Callable[[], None],
         betas: Sequence[str] = (),
     ) -> Response:
         await self._log._point("model")
@@ -405,6 +407,7 @@ class FakeModel:
         await self._log._point("streaming")
         if isinstance(answer, Exception):
             raise answer
+        on_start()
         return Response(message=answer, request_id="req", ttft_ms=1, duration_ms=2)
 
 

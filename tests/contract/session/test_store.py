@@ -274,6 +274,10 @@ async def test_a_tenant_does_all_its_work_and_the_control_plane_too(guarded):
         assert parked.parked
         assert await worker.sweep() == 1
         lease = await make.take(worker, sid)
+        gate = store.rate_gate()
+        entry = await gate.enter("w", "m")
+        await gate.shut("w", "m", entry, kind="rate_limit_error", retry_after_s=0)
+        await gate.opened("w", "m", await gate.enter("w", "m"))
         await control.set_mode("team-a", sid, "suspended", make.suspended())
         assert await control.take_projections("team-a") == [sid]
         assert await anext(control.projection_nudges(["team-a", "team-b"])) == "team-a"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cowhand.errors import SessionClosed
-from cowhand.harness.decide import MAX_ATTEMPTS, OUT_OF_TIME
+from cowhand.harness.decide import BACKOFF, OUT_OF_TIME
 from cowhand.harness.loop import End
 from cowhand.harness.stream import ModelError
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
-from support.harness_rig import Rig, World, message, text, tool_use, user, world
+from cowhand.session.gate import Entry
+from support.harness_rig import WORKSPACE, Rig, World, message, text, tool_use, user, world
 
 ACTOR = {"actor": {"user": "u"}}
 
@@ -58,10 +60,10 @@ async def test_output_of_any_size_and_kind_fits_the_log() -> None:
 async def test_retries_are_counted_over_workers_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cowhand.harness.decide.BACKOFF_BASE_S", 0.0001)
     made = await run(world(), lambda request: ModelError("overloaded_error", "busy", status=529))
-    assert len(made.requests) == MAX_ATTEMPTS
+    assert len(made.requests) == BACKOFF["overloaded_error"].attempts
     assert len(set(made.requests)) == 1, "the same bytes each time"
     retries = [data["error"]["retry_status"]["type"] for data in made.data(ev.SESSION_ERROR)]
-    assert retries == ["retrying"] * (MAX_ATTEMPTS - 1) + ["exhausted"]
+    assert retries == ["retrying"] * (BACKOFF["overloaded_error"].attempts - 1) + ["exhausted"]
     assert made.data(ev.MODEL_REQUEST_END)[0]["error"]["status"] == 529
 
 
@@ -95,6 +97,81 @@ async def test_a_short_wait_keeps_the_place(monkeypatch: pytest.MonkeyPatch) -> 
     made = await run(world(), lambda request: answers.pop(0))
     assert made.data(ev.STATUS_RESCHEDULED) == []
     assert made.types().count(ev.SESSION_WAKE) == 1
+
+
+class Line:
+    """A rate gate that answers what the test says, and open for the rest."""
+
+    def __init__(self, *entries: Entry) -> None:
+        self.entries = list(entries)
+        self.places: list[int] = []
+        self.told: list[Any] = []
+
+    async def enter(self, workspace: str, model: str, *, place: int = 0) -> Entry:
+        assert (workspace, model) == (WORKSPACE, "m")
+        self.places.append(place)
+        return self.entries.pop(0) if self.entries else Entry()
+
+    async def opened(self, workspace: str, model: str, entry: Entry) -> None:
+        self.told.append(("opened", entry.round))
+
+    async def shut(self, workspace: str, model: str, entry: Entry, **more: Any) -> None:
+        self.told.append(("shut", entry.round, more["kind"], more["retry_after_s"]))
+
+
+async def gated(made: World, line: Line, script: Any) -> None:
+    rig = Rig(made, script, name=f"w{len(made.events)}")
+    rig.around = replace(rig.around, gate=line)
+    assert await rig.run() is End.PARKED
+
+
+async def test_a_session_waits_in_the_line_for_its_place() -> None:
+    made, line = world(), Line(Entry(place=1), Entry(place=70_000, kind="rate_limit_error"))
+    await gated(made, line, lambda request: message(text("hi")))
+    assert made.requests == [], "not before the gate lets it through"
+    assert made.types().count(ev.SESSION_WAKE) == 1, "the first, short wait was here"
+    (waits,) = made.data(ev.STATUS_RESCHEDULED)
+    assert waits == {"reason": "rate_limit_error", "wake_at": 70_000}
+    assert made.timer == 70_000
+    made.tick = 70_000
+    await gated(made, line, lambda request: message(text("hi")))
+    assert line.places == [0, 1, 70_000], "it comes back with the place that it had"
+    assert len(made.requests) == 1
+    assert line.told == [], "an open gate wants to hear nothing"
+
+
+async def test_the_first_request_after_a_pause_opens_the_gate_once() -> None:
+    made, line = world(), Line(Entry(round=3, tell=True))
+    await gated(made, line, lambda request: message(text("hi")))
+    assert line.told == [("opened", 3)]
+
+
+@pytest.mark.parametrize(
+    ("error", "tell", "told"),
+    [
+        (ModelError("rate_limit_error", "x", retry_after_s=60.0), False, "shut"),
+        (ModelError("overloaded_error", "x", retry_after_s=60.0), False, "shut"),
+        (ModelError("overloaded_error", "x"), False, None),
+        (ModelError("overloaded_error", "x"), True, "shut"),
+        (ModelError("api_error", "x"), False, None),
+        (ModelError("connection_error", "x"), True, "shut"),
+        (ModelError("invalid_request_error", "x"), False, None),
+        (ModelError("invalid_request_error", "x"), True, "opened"),
+    ],
+)
+async def test_what_shuts_the_gate(
+    monkeypatch: pytest.MonkeyPatch, error: ModelError, tell: bool, told: str | None
+) -> None:
+    monkeypatch.setattr("cowhand.harness.decide.BACKOFF_BASE_S", 0.0001)
+    answers: list[Any] = [error, message(text("hi"))]
+    line = Line(Entry(round=3, tell=tell))
+    await gated(world(), line, lambda request: answers.pop(0))
+    expected = {
+        None: [],
+        "opened": [("opened", 3)],
+        "shut": [("shut", 3, error.type, error.retry_after_s)],
+    }
+    assert line.told == expected[told]
 
 
 async def test_a_log_of_a_newer_release_is_refused_and_kept() -> None:

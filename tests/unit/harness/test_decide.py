@@ -195,14 +195,14 @@ def test_a_model_that_refuses_twice_the_limit_gets_the_old_one() -> None:
 # Errors.
 
 
-@pytest.mark.parametrize("kind", sorted(decide.RETRYABLE))
-def test_a_passing_error_is_tried_again_five_times(kind: str) -> None:
+@pytest.mark.parametrize("kind", sorted(decide.BACKOFF))
+def test_a_passing_error_is_tried_again_as_often_as_its_type_says(kind: str) -> None:
     log = Log().say()
-    for attempt in range(1, 6):
+    for attempt in range(1, decide.BACKOFF[kind].attempts + 1):
         step = log.step()
         assert isinstance(step, SendRequest)
         assert (step.n, step.attempt) == (1, attempt)
-        assert step.backoff == backoff(attempt - 1, None)
+        assert step.backoff == backoff(kind, attempt - 1, None)
         log.fail(kind)
     assert appended(log.step()) == [("error", (kind, "exhausted")), ("idle", "retries_exhausted")]
     assert log.do().step() == Park()
@@ -232,12 +232,15 @@ def test_a_message_that_waited_during_a_final_error_starts_nothing_but_is_not_lo
 
 
 def test_retry_after_is_a_floor_and_backoff_is_capped() -> None:
-    assert backoff(0, None) == (0, 0)
-    assert backoff(1, None) == (0, 1)
-    assert backoff(3, None) == (0, 4)
-    assert backoff(50, None) == (0, 60)
-    assert backoff(1, 7) == (7, 8)
-    assert backoff(1, 1e6)[0] == decide.RETRY_AFTER_CAP_S
+    assert backoff("api_error", 0, None) == (0, 0)
+    assert backoff("api_error", 1, None) == (0, 1)
+    assert backoff("api_error", 3, None) == (0, 4)
+    assert backoff("api_error", 50, None) == (0, 30)
+    assert backoff("rate_limit_error", 50, None) == (0, 60)
+    assert backoff("connection_error", 1, None) == (0, 0.5), "a proxy that restarts is back soon"
+    assert backoff("overloaded_error", 1, 7) == (7, 8)
+    assert backoff("rate_limit_error", 1, 1e6)[0] == decide.RETRY_AFTER_CAP_S
+    assert backoff("type_of_the_future", 3, 7) == (0, 0)
     step = Log().say().fail("rate_limit_error", retry_after_s=7).step()
     assert isinstance(step, SendRequest)
     assert step.backoff == (7, 8)
@@ -258,7 +261,9 @@ def test_a_rescheduled_session_waits_for_its_time_and_then_sends_at_once() -> No
     assert log.fold().wake_at is None
     log.say("again").fail("overloaded_error")
     assert isinstance(step := log.step(), SendRequest)
-    assert step.backoff == backoff(1, None), "and the next failure has a wait of its own"
+    assert step.backoff == backoff("overloaded_error", 1, None), (
+        "and the next failure has a wait of its own"
+    )
 
 
 def test_a_prefix_that_cannot_be_rebuilt_stops_the_session() -> None:

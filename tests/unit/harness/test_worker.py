@@ -74,7 +74,7 @@ class Gate:
         self.error: Exception | None = None
 
     async def stream(
-        self, body: bytes, *, session_id: str, lease: str, on_text: Callable[[str], None]
+        self, body: bytes, *, session_id: str, lease: str, on_text: Callable[[str], None], **_: Any
     ) -> Response:
         self.waiting.set()
         await self.open.wait()

@@ -106,7 +106,7 @@ class OneAnswer:
     def __init__(self, answer: Response | Exception) -> None:
         self.answer = answer
 
-    async def stream(self, body, *, session_id, lease, on_text, betas):
+    async def stream(self, body, *, session_id, lease, on_text, on_start, betas):
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer

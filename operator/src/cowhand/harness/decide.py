@@ -6,7 +6,7 @@ a new worker that finds the same log takes the same step. Nothing here waits, re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,30 +16,44 @@ from cowhand.harness.fold import Conversation
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
 
-MAX_ATTEMPTS: Final = 5
-"""Attempts of one request before the turn is given up."""
-
 MAX_WAKES: Final = 5
 """Wakes in a row without progress before the session is given up."""
 
 MAX_CONTINUATIONS: Final = 8
 """Cut or paused responses in a row before the turn is given up."""
 
-BACKOFF_BASE_S: Final = 1.0
-BACKOFF_CAP_S: Final = 60.0
-RETRY_AFTER_CAP_S: Final = 120.0
 
-RETRYABLE: Final = frozenset(
-    {
-        "overloaded_error",
-        "rate_limit_error",
-        "api_error",
-        "timeout_error",
-        "connection_error",
-        "stream_cut",
-        "proxy_unavailable",
-    }
-)
+@dataclass(frozen=True)
+class Policy:
+    """How a type of error is tried again.
+
+    Attributes:
+        attempts: of one request, before the turn is given up.
+        first: longest first wait, in units of BACKOFF_BASE_S; each further one is twice as long.
+        cap_s: longest wait, seconds.
+    """
+
+    attempts: int
+    first: float
+    cap_s: float
+
+
+BACKOFF_BASE_S: Final = 1.0
+RETRY_AFTER_CAP_S: Final = 600.0
+
+BACKOFF: Final[Mapping[str, Policy]] = {
+    # The endpoint has no room: patience, waits that give the place back, one probe for all (see `admission`).
+    "rate_limit_error": Policy(attempts=10, first=1, cap_s=60),
+    "overloaded_error": Policy(attempts=10, first=1, cap_s=60),
+    # Something broke there.
+    "api_error": Policy(attempts=5, first=1, cap_s=30),
+    # Minutes have passed already, and tokens may have been paid for.
+    "timeout_error": Policy(attempts=3, first=2, cap_s=60),
+    # The way there: an endpoint or a proxy that restarts is back in seconds.
+    "connection_error": Policy(attempts=8, first=0.5, cap_s=30),
+    "stream_cut": Policy(attempts=5, first=0.5, cap_s=15),
+    "proxy_unavailable": Policy(attempts=8, first=0.5, cap_s=30),
+}
 """Types of model errors that another attempt may cure; every other type ends the turn at once."""
 
 OUT_OF_TIME: Final = (
@@ -110,13 +124,26 @@ class Stop:
 Step = Append | Provision | SendRequest | RunTools | Park | Stop
 
 
-def backoff(failures: int, retry_after: float | None) -> tuple[float, float]:
-    """Range of seconds to wait after so many failures in a row (full jitter); `retry-after` is a floor."""
-    if failures < 1:
+def backoff(kind: str, failures: int, retry_after: float | None) -> tuple[float, float]:
+    """Range of seconds to wait before the next attempt: full jitter, with `retry-after` as a floor.
+
+    Args:
+        kind: type of the newest error.
+        failures: failed attempts in a row.
+        retry_after: seconds that the endpoint named.
+    """
+    policy = BACKOFF.get(kind)
+    if failures < 1 or policy is None:
         return 0.0, 0.0
-    top = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** (failures - 1))
+    top = min(policy.cap_s, BACKOFF_BASE_S * policy.first * 2 ** (failures - 1))
     floor = min(RETRY_AFTER_CAP_S, retry_after or 0.0)
     return floor, floor + top
+
+
+def retried(kind: str, failures: int) -> bool:
+    """After so many failures in a row, the newest of this type, the request is sent again."""
+    policy = BACKOFF.get(kind)
+    return policy is not None and failures < policy.attempts
 
 
 def idle(reason: str, event_ids: Sequence[str] = (), **more: str) -> NewEvent:
@@ -199,13 +226,16 @@ def _request_step(conversation: Conversation, now_ms: int | None) -> Step:
     if conversation.retry:
         assert conversation.request is not None
         last = conversation.request
-        after = (conversation.error or {}).get("retry_after_s")
+        failure = conversation.error or {}
+        pause = backoff(
+            str(failure.get("type", "")), conversation.failures, failure.get("retry_after_s")
+        )
         return SendRequest(
             n=last.n,
             attempt=last.attempt + 1,
             horizon=last.horizon,
             max_tokens=allowed.max_tokens,
-            backoff=(0.0, 0.0) if wake_at is not None else backoff(conversation.failures, after),
+            backoff=(0.0, 0.0) if wake_at is not None else pause,
             accept_cut=conversation.limit_step > 0 or bool(allowed.reached),
         )
     return SendRequest(
@@ -223,9 +253,9 @@ def _failed(conversation: Conversation) -> Step | None:
     if failure is None or conversation.ended:
         return None
     kind, message = str(failure["type"]), str(failure["message"])
-    if kind not in RETRYABLE:
+    if kind not in BACKOFF:
         return _give_up(conversation, kind, message, "terminal")
-    if conversation.failures >= MAX_ATTEMPTS:
+    if not retried(kind, conversation.failures):
         return _give_up(conversation, kind, f"{conversation.failures} attempts failed: {message}")
     return None
 

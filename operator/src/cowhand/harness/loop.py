@@ -12,7 +12,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Literal, TypeVar
 
@@ -20,6 +20,7 @@ from cowhand.errors import LogIncompatible, Suspended, UserError
 from cowhand.hands.base import Outcome, next_instance
 from cowhand.hands.registry import Delivery, Hands
 from cowhand.harness import decide, metering
+from cowhand.harness.admission import Admission
 from cowhand.harness.budget import calls_left, cost_nanousd, seconds_left
 from cowhand.harness.calls import ToolCall, plan_open, plan_tools
 from cowhand.harness.decide import (
@@ -38,6 +39,7 @@ from cowhand.harness.request import body, prefix_sha
 from cowhand.harness.stream import ModelError
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
+from cowhand.session.gate import OpenGate, RateGate
 from cowhand.session.log import HandRecord, Parked, State, WorkerLog
 from cowhand.telemetry.metrics import RESCHEDULED
 
@@ -88,6 +90,7 @@ class Surroundings:
         model: the model client.
         make_hands: session -> its hands.
         admit: returns when new work may start (the worker's heartbeat is fresh).
+        gate: rate gate of the tenant; by default it is always open.
         preview: session id, text: called for each piece of visible text as it streams.
         probe: called with the name of each point that a crash test may stop at.
     """
@@ -95,6 +98,7 @@ class Surroundings:
     model: Model
     make_hands: Callable[[SessionLoop], Hands]
     admit: Callable[[], Awaitable[None]]
+    gate: RateGate = field(default_factory=OpenGate)
     preview: Callable[[str, str], None] = lambda _session, _text: None
     probe: Callable[[str], None] = lambda _point: None
 
@@ -135,6 +139,7 @@ class SessionLoop:
         self._fresh: set[str] = set()
         self._provisioned = False
         self._waited: tuple[int, int] | None = None
+        self._admission = Admission(around.gate, journal.lease.workspace)
 
     # What the worker calls.
 
@@ -172,6 +177,7 @@ class SessionLoop:
         finally:
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
+            await self._admission.close()
             await self._journal.close()
 
     # Host of the hands.
@@ -349,15 +355,7 @@ class SessionLoop:
 
     async def _request(self, step: SendRequest) -> None:
         conversation = self._journal.conversation
-        if step.backoff[1] > 0 and self._waited != (step.n, step.attempt):
-            pause = random.uniform(*step.backoff)  # noqa: S311
-            if pause > self._settings.wait_s:
-                assert conversation.error is not None, "a backoff follows a failure"
-                await self._reschedule(str(conversation.error["type"]), pause)
-                return
-            self._waited = (step.n, step.attempt)
-            with contextlib.suppress(Stopped):
-                await self._race(asyncio.sleep(pause), self._stop_waits)
+        if not await self._may_send(step):
             return
         prompt = conversation.prompt(step.horizon)
         base, limit = conversation.base, step.max_tokens
@@ -386,12 +384,39 @@ class SessionLoop:
         except Stopped:
             await self._journal.append((_request_end(seq, "interrupted"),))
         except ModelError as err:
+            await self._admission.failed(err)
             await self._journal.append(self._request_failed(seq, err))
         else:
+            self._admission.answered()
             self._around.probe("response")
             await self._received(step, seq, response)
         finally:
             self._streaming = False
+
+    async def _may_send(self, step: SendRequest) -> bool:
+        """Wait for the backoff and for the rate gate; False: something was waited for, so look at the log again."""
+        conversation = self._journal.conversation
+        if step.backoff[1] > 0 and self._waited != (step.n, step.attempt):
+            failure = conversation.error or {}
+            pause = random.uniform(*step.backoff)  # noqa: S311
+            if await self._pause(str(failure.get("type", "")), pause):
+                self._waited = (step.n, step.attempt)
+            return False
+        entry = await self._admission.enter(str(conversation.base["model"]), conversation.wake_at)
+        if not entry.place:
+            return True
+        await self._pause(entry.kind, (entry.place - self._journal.now_ms()) / 1000)
+        return False
+
+    async def _pause(self, reason: str, pause: float) -> bool:
+        """Wait here, or give the session back where that takes long; True if the time has passed."""
+        if pause > self._settings.wait_s:
+            await self._reschedule(reason, pause)
+            return False
+        with contextlib.suppress(Stopped):
+            await self._race(asyncio.sleep(max(0.0, pause)), self._stop_waits)
+            return True
+        return False
 
     async def _reschedule(self, reason: str, pause: float) -> None:
         """Say in the log when the next request may be sent; the step that follows gives the session back till then."""
@@ -406,13 +431,13 @@ class SessionLoop:
             session_id=self.session_id,
             lease=self.lease,
             on_text=lambda text: self._around.preview(self.session_id, text),
+            on_start=self._admission.answered,
         )
 
     def _request_failed(self, seq: int, err: ModelError) -> tuple[NewEvent, ...]:
         log.warning("session %s: model request failed: %s: %s", self.session_id, err.type, err)
         end = _request_end(seq, "error", error=err.data())
-        again = self._journal.conversation.failures + 1 < decide.MAX_ATTEMPTS
-        if err.type in decide.RETRYABLE and again:
+        if decide.retried(err.type, self._journal.conversation.failures + 1):
             return end, decide.error(err.type, str(err), "retrying")
         return (end,)
 

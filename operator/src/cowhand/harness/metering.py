@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from cowhand.harness.model import Model, Response
+from cowhand.harness.model import Model, Response, nothing
 from cowhand.harness.stream import ModelError
 from cowhand.telemetry import metrics
 
@@ -49,12 +49,18 @@ class MeteredModel:
         session_id: str,
         lease: str,
         on_text: Callable[[str], None],
+        on_start: Callable[[], None] = nothing,
         betas: Sequence[str] = (),
     ) -> Response:
         """As the model inside."""
         outcome = "other"
         answer = self._model.stream(
-            body, session_id=session_id, lease=lease, on_text=on_text, betas=betas
+            body,
+            session_id=session_id,
+            lease=lease,
+            on_text=on_text,
+            on_start=on_start,
+            betas=betas,
         )
         del body  # as in the model inside: nobody keeps a request that was sent
         try:

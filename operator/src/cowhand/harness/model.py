@@ -40,6 +40,10 @@ _MALFORMED: Final = (ValueError, LookupError, TypeError, AttributeError, Recursi
 """What reading an answer of another shape than the API's raises: the endpoint may send anything."""
 
 
+def nothing() -> None:
+    """What `on_start` does by default."""
+
+
 @dataclass(frozen=True)
 class Response:
     """A complete response.
@@ -67,6 +71,7 @@ class Model(Protocol):
         session_id: str,
         lease: str,
         on_text: Callable[[str], None],
+        on_start: Callable[[], None] = nothing,
         betas: Sequence[str] = (),
     ) -> Response:
         """Send `body` as it is; `on_text` gets each piece of visible text as it comes.
@@ -76,6 +81,7 @@ class Model(Protocol):
             session_id: for the proxy.
             lease: for the proxy.
             on_text: called as the answer streams.
+            on_start: called once, when the endpoint begins to answer.
             betas: values of the header `anthropic-beta`.
 
         Raises:
@@ -150,6 +156,7 @@ class AnthropicModel:
         session_id: str,
         lease: str,
         on_text: Callable[[str], None],
+        on_start: Callable[[], None] = nothing,
         betas: Sequence[str] = (),
     ) -> Response:
         """See `Model`."""
@@ -164,7 +171,7 @@ class AnthropicModel:
         content = _pieces(body)
         del body  # thousands of sessions wait for their answer: none keeps its request meanwhile
         try:
-            return await self._stream(content, headers, on_text)
+            return await self._stream(content, headers, on_text, on_start)
         except (anthropic.AnthropicError, httpx2.HTTPError, httpx2.StreamError) as err:
             raise classify(err) from err
         except _MALFORMED as err:
@@ -175,6 +182,7 @@ class AnthropicModel:
         content: AsyncIterator[bytes],
         headers: dict[str, str],
         on_text: Callable[[str], None],
+        on_start: Callable[[], None],
     ) -> Response:
         began = time.monotonic()
         # cast_to is only the type of parsed events, which we never ask for.
@@ -197,6 +205,7 @@ class AnthropicModel:
                 text = gathered.feed(item.data)
                 if ttft is None and gathered.started:
                     ttft = time.monotonic() - began
+                    on_start()
                 if text:
                     on_text(text)
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -80,7 +81,10 @@ async def _run(settings: HarnessSettings, ready: Path) -> None:
         worker = Worker(
             store.worker_log(settings.pod_uid),
             store.session_log(),
-            surroundings(MeteredModel(model), transport, credentials, limits),
+            replace(
+                surroundings(MeteredModel(model), transport, credentials, limits),
+                gate=store.rate_gate(),
+            ),
             WorkerSettings(
                 namespace=settings.namespace,
                 max_sessions=settings.max_sessions,

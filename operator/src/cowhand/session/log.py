@@ -117,12 +117,14 @@ class Lease:
         value: the whole lease string `epoch:worker:nonce`; every write is fenced by it.
         epoch: the fencing epoch as a number.
         next_seq: position of the next event at the time of the claim.
+        workspace: name for the session's model endpoint and credential: sessions that share both share it.
     """
 
     session_id: str
     value: str
     epoch: int
     next_seq: int
+    workspace: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from cowhand.session.archiving import RedisArchiveLog
 from cowhand.session.blobs import Archive, Payloads, too_big
 from cowhand.session.cold import ColdLog
 from cowhand.session.control import RedisControlLog
+from cowhand.session.gate import RateGate, RedisRateGate
 from cowhand.session.hub import Hub
 from cowhand.session.keeper import ScriptKeeper
 from cowhand.session.keys import Keys, SessionKeys
@@ -121,6 +122,10 @@ class Store:
     def worker_log(self, pod_uid: str, namespace: str | None = None) -> WorkerLog:
         """`WorkerLog` of a new worker incarnation in the pod with this uid."""
         return RedisWorkerLog(self, self.keys(namespace), f"{pod_uid}.{secrets.token_hex(4)}")
+
+    def rate_gate(self, namespace: str | None = None) -> RateGate:
+        """`RateGate` of a tenant."""
+        return RedisRateGate(self, self.keys(namespace))
 
     def control_log(self) -> ControlLog:
         """`ControlLog`, for all tenants."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -253,7 +254,9 @@ class RedisWorkerLog:
             self._nominated[session_id] = left
         if reply[0] != "OK":
             return Held(reply[0], reply[1].decode() if len(reply) > 1 else "")
-        lease = Lease(session_id, reply[1].decode(), reply[2], reply[3])
+        # Endpoint and credential: what an endpoint counts requests by, as far as it can be told from here.
+        workspace = hashlib.sha256(reply[4]).hexdigest()[:16]
+        lease = Lease(session_id, reply[1].decode(), reply[2], reply[3], workspace)
         self._appenders.setdefault(lease.value, _Appender(lease))
         return lease
 

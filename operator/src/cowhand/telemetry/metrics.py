@@ -89,6 +89,18 @@ TIMERS: Final = Counter(
     "Sessions that waited for a time (a retry, a rate limit) and were queued again when it came (harness and operator)",
     registry=REGISTRY,
 )
+GATE_ENTRIES: Final = Counter(
+    "cowhand_gate_entries_total",
+    "Questions to the rate gate before a model request, by answer: go, probe (its answer opens the gate), wait",
+    ("answer",),
+    registry=REGISTRY,
+)
+GATE_SHUT: Final = Counter(
+    "cowhand_gate_shut_total",
+    "Refusals of the model endpoint that shut the rate gate of a workspace and model, by error type",
+    ("reason",),
+    registry=REGISTRY,
+)
 RESCHEDULED: Final = Counter(
     "cowhand_sessions_rescheduled_total",
     "Sessions that a harness gave back until a later time instead of waiting with them, by what they wait for",
@@ -219,6 +231,8 @@ CATALOGUE: Final[tuple[tuple[str, tuple[MetricWrapperBase, ...]], ...]] = (
                 TAKEOVERS,
                 TIMERS,
                 RESCHEDULED,
+                GATE_ENTRIES,
+                GATE_SHUT,
                 MODEL_REQUESTS,
                 MODEL_SECONDS,
                 MODEL_TTFT_SECONDS,

@@ -2,7 +2,7 @@
 -- KEYS: meta, log, ready, workers, own, proj, timers.  ARGV: base, sid, wid, nonce, progress_ms, group, ready ids...
 local META, LOG, READY, WORKERS, OWN, PROJ, TIMERS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local wid, nonce = ARGV[3], ARGV[4]
-local m = redis.call('HMGET', META, 'state', 'next', 'lease', 'epoch', 'mode')
+local m = redis.call('HMGET', META, 'state', 'next', 'lease', 'epoch', 'mode', 'model')
 local state, nxt, lease, epoch, mode = m[1], m[2], m[3], m[4], m[5]
 local now = now_ms()
 local beat = redis.call('ZSCORE', WORKERS, wid)
@@ -13,7 +13,7 @@ if state == false then return {'NOSESSION'} end
 redis.call('HSET', META, 'rdy', '0')
 if ended(state) then return {'CLOSED'} end
 if lease ~= '' and lease == epoch .. ':' .. wid .. ':' .. nonce then
-  return {'OK', lease, tonumber(epoch), tonumber(nxt)}
+  return {'OK', lease, tonumber(epoch), tonumber(nxt), m[6] or ''}
 end
 if mode == 'suspended' then return {'SUSPENDED'} end
 if live(lease, WORKERS, OWN, now) then
@@ -31,4 +31,4 @@ redis.call('ZADD', OWN, now + tonumber(ARGV[5]), SID)
 redis.call('ZREM', TIMERS, SID)
 project(PROJ)
 tail(seq)
-return {'OK', new, ep, seq + 1}
+return {'OK', new, ep, seq + 1, m[6] or ''}

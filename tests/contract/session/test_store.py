@@ -21,6 +21,7 @@ from cowhand.session import connect
 from cowhand.session import link as link_module
 from cowhand.session.acl import CONTROL_USERS, users_acl
 from cowhand.session.log import StoreConfig
+from cowhand.session.preview import Preview
 from cowhand.session.store import Store
 from support import sessions as make
 from support.store import Store as Server
@@ -330,6 +331,9 @@ async def test_a_tenant_reaches_nothing_of_another(guarded):
             control.close("team-b", sid, make.deleted(), retain_s=0),
             control.backlog("team-b"),
             store.writes.call("PUBLISH", keys.tail, "9"),
+            store.previews().publish(sid, Preview(5, 0, 0, "look here")),
+            anext(store.previews().follow(sid)),
+            store.rate_gate().enter("w", "m"),
             store.writes.call("XADD", keys.log, "*", "t", "x"),
         ):
             with pytest.raises(Denied, match="ACL"):

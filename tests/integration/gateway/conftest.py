@@ -132,7 +132,8 @@ async def rig(store_url, tmp_path):
     async with connect(StoreConfig(store_url)) as store:
         logs = {name: store.session_log(name) for name in ("default", "team-a")}
         executor = Executor(kube, store.control_log(), logs, broker, hands)
-        gateway = Gateway(Authority(kube), logs, executor, broker)
+        previews = {name: store.previews(name) for name in logs}
+        gateway = Gateway(Authority(kube), logs, executor, broker, previews=previews)
         runner = web.AppRunner(build(gateway), access_log=None, shutdown_timeout=1)
         await runner.setup()
         tls = ServerCertificate(str(certificates.cert), str(certificates.key)).context

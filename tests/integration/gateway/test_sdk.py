@@ -9,6 +9,7 @@ import anthropic
 import pytest
 
 from cowhand.session import events as ev
+from cowhand.session.preview import Preview
 from support.gateway_rig import HEX, SID, response, tool_use
 
 
@@ -233,3 +234,30 @@ async def test_the_workspace_header_names_the_tenant(rig):
         await rig.sdk().beta.sessions.retrieve(SID, workspace_id="default")
     with pytest.raises(anthropic.NotFoundError, match="not served"):
         await rig.sdk().beta.sessions.retrieve(SID, workspace_id="kube-system")
+
+
+async def test_text_is_seen_while_it_is_written_and_only_by_who_asks(rig):
+    await rig.create()
+    client, previews = rig.sdk(), rig.store.previews("default")
+    await rig.work((ev.STATUS_RUNNING, {}))
+    start = 5
+    events = client.beta.sessions.events
+    asking = await events.stream(SID, event_deltas=["agent.message"])
+    plain = await events.stream(SID)
+    async with asking, plain:
+        await rig.work((ev.MODEL_REQUEST_START, {"n": 1, "attempt": 1, "horizon": 4}))
+        while not await previews.publish(SID, Preview(start, 0, 0, "Hel")):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        heard = await asyncio.wait_for(collect(asking, "event_delta"), 60)
+        assert [event.type for event in heard[-2:]] == ["event_start", "event_delta"]
+        assert heard[-1].delta.content.text == "Hel", "and the response is not in the log yet"
+        await previews.publish(SID, Preview(start, 0, 3, "lo"))
+        said = {**response({"type": "text", "text": "Hello"}), "start": start}
+        end = (ev.MODEL_REQUEST_END, {"start": start, "outcome": "ok"})
+        await rig.work((ev.MODEL_RESPONSE, said), end)
+        rest = await asyncio.wait_for(collect(asking, "agent.message"), 60)
+        assert rest[-1].id == heard[-2].event.id
+        others = await asyncio.wait_for(collect(plain, "agent.message"), 60)
+    assert not {"event_start", "event_delta"} & {event.type for event in others}
+    stored = await rig.logs["default"].get_events(SID)
+    assert not [one for one in stored if b"event_delta" in one.payload or "preview" in one.type]

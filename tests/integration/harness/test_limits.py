@@ -15,7 +15,7 @@ from cowhand.harness.stream import ModelError
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
 from cowhand.session.gate import Entry
-from support.harness_rig import WORKSPACE, Rig, World, message, text, tool_use, user, world
+from support.harness_rig import SID, WORKSPACE, Rig, World, message, text, tool_use, user, world
 
 ACTOR = {"actor": {"user": "u"}}
 
@@ -228,23 +228,28 @@ async def test_an_eager_sandbox_that_fails_does_not_stop_the_answer() -> None:
 
 async def test_visible_text_is_previewed_and_never_logged() -> None:
     # The stream is the model client's; here only that the hook gets what the client hands on.
-    made, heard = world(), []
+    made, heard, over = world(), [], []
     rig = Rig(made, lambda request: message(text("hello")))
-    from dataclasses import replace
-
     inner = rig.around.model
 
     class Talking:
         async def stream(self, body: bytes, *, on_text: Any, **more: Any) -> Any:
-            on_text("hel")
-            on_text("lo")
+            on_text(1, "hel")
+            on_text(1, "lo")
             return await inner.stream(body, on_text=on_text, **more)
 
     rig.around = replace(
-        rig.around, model=Talking(), preview=lambda session, piece: heard.append((session, piece))
+        rig.around,
+        model=Talking(),
+        preview=lambda *piece: heard.append(piece),
+        preview_end=over.append,
     )
     assert await rig.run() is End.PARKED
-    assert [piece for _, piece in heard] == ["hel", "lo"]
+    start = made.types().index(ev.MODEL_REQUEST_START) + 1
+    assert heard == [(SID, start, 1, "hel"), (SID, start, 1, "lo")]
+    assert over == [SID]
+    assert made.data(ev.MODEL_RESPONSE)[0]["start"] == start
+    assert b"hel" not in b"".join(e.payload for e in made.events if e.type != ev.MODEL_RESPONSE)
 
 
 @pytest.mark.parametrize("timed", [True, False])

@@ -69,7 +69,7 @@ async def asked(url: str) -> ModelError:
     model = AnthropicModel(url)
     try:
         with pytest.raises(ModelError) as caught:
-            await model.stream(b"{}", session_id=SID, lease="l", on_text=lambda _: None)
+            await model.stream(b"{}", session_id=SID, lease="l", on_text=lambda *_: None)
     finally:
         await model.close()
     return caught.value

@@ -128,7 +128,7 @@ async def test_silence_is_a_read_timeout(endpoint: Endpoint) -> None:
             await http.post(endpoint.url, content=b"x", timeout=httpx2.Timeout(30, read=0.05))
     model = AnthropicModel(endpoint.url, read_timeout_s=0.05)
     with pytest.raises(ModelError) as caught:
-        await model.stream(b"{}", session_id="s", lease="l", on_text=lambda _: None)
+        await model.stream(b"{}", session_id="s", lease="l", on_text=lambda *_: None)
     assert caught.value.type == "timeout_error"
     await model.close()
 
@@ -142,7 +142,7 @@ async def test_a_request_that_was_sent_is_not_kept(endpoint: Endpoint) -> None:
     try:
         # The only name of the bytes is the argument.
         task = asyncio.create_task(
-            model.stream(bytes(size), session_id="s", lease="l", on_text=lambda _: None)
+            model.stream(bytes(size), session_id="s", lease="l", on_text=lambda *_: None)
         )
         await endpoint.received.wait()
         assert len(endpoint.bodies.pop()) == size

@@ -114,7 +114,7 @@ class OneAnswer:
 
 async def ask(answer: Response | Exception) -> None:
     model = MeteredModel(OneAnswer(answer))
-    await model.stream(b"{}", session_id="s", lease="l", on_text=lambda _: None)
+    await model.stream(b"{}", session_id="s", lease="l", on_text=lambda *_: None)
 
 
 async def test_model_requests_and_tokens_are_counted():

@@ -91,6 +91,9 @@ def _lazy(module: str, function: str) -> Handler:
 def _drawing(into: argparse.ArgumentParser) -> None:
     into.add_argument("--full", action="store_true", help="whole outputs, whole lines")
     into.add_argument("-v", "--verbose", action="store_true", help="internal events too")
+    into.add_argument(
+        "--no-previews", action="store_true", help="no text that Claude is still writing"
+    )
     into.add_argument("--color", choices=("auto", "always", "never"), default="auto")
 
 

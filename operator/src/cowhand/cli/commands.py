@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
     if args.wait:
         return watch.wait_quietly(to, identity)
     style = watch.style(args.color, full=args.full, verbose=args.verbose)
-    options = watch.Options("text", follow=True, until_idle=True, start=1, style=style)
+    options = watch.Options(
+        "text", follow=True, until_idle=True, start=1, style=style, previews=not args.no_previews
+    )
     return watch.show(to, identity, options)
 
 
@@ -108,8 +110,9 @@ def events(args: argparse.Namespace) -> int:
     to = connection.target(args)
     style = watch.style(args.color, full=args.full, verbose=args.verbose)
     options = watch.Options(
-        form, args.follow, args.until_idle, args.start, style, args.to, tuple(args.type)
-    )
+        form, args.follow, args.until_idle, args.start, style, args.to, tuple(args.type),
+        previews=not args.no_previews,
+    )  # fmt: skip
     return watch.show(to, session_id(to, args.session), options)
 
 

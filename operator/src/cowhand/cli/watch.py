@@ -19,6 +19,7 @@ from typing import Any, Final
 from cowhand.cli import connection, render
 from cowhand.cli.client import Client, GatewayUnavailable
 from cowhand.cli.connection import Target
+from cowhand.cli.live import Live
 from cowhand.cli.tunnel import TunnelFailed
 from cowhand.errors import CowhandError, SessionNotFound
 
@@ -83,12 +84,19 @@ class Source:
             return client.call("GET", f"/v1/sessions/{self.session_id}")
 
     def raw(
-        self, start: int, *, follow: bool, end: int | None = None, types: Sequence[str] = ()
+        self,
+        start: int,
+        *,
+        follow: bool,
+        end: int | None = None,
+        types: Sequence[str] = (),
+        previews: bool = False,
     ) -> Iterator[tuple[Json, Json]]:
         """(session object, event) for each event of the raw log from `start` on.
 
-        The session object is as it was when the connection was made. Negative positions count from the end;
-        `types` keeps only events of these types.
+        The session object is as it was when the connection was made. Negative positions count from the end; `types`
+        keeps only events of these types. With `previews` also `{"preview":{"start","block","offset","text"}}` in the
+        place of an event: text that is still being written.
 
         Raises:
             GatewayUnavailable: no connection for 60 s, or (without `follow`) once.
@@ -102,6 +110,7 @@ class Source:
             query = {"start": str(position), "follow": "true" if follow else "false"}
             query |= {"end": str(end)} if end is not None else {}
             query |= {"types": ",".join(types)} if types else {}
+            query |= {"previews": "true"} if previews and follow else {}
             for line in client.lines(f"/v1/sessions/{self.session_id}/log", query):
                 if not line:
                     continue
@@ -109,6 +118,8 @@ class Source:
                 if "error" in event:
                     raise GatewayUnavailable(str(event["error"].get("message")))
                 yield session, event
+                if "preview" in event:
+                    continue
                 position = int(event["seq"]) + 1
                 if event["type"] == "session.deleted":
                     return
@@ -195,6 +206,7 @@ class Options:
         style: how text is drawn.
         end: last position, None for the newest.
         types: types of the raw log to show, empty for all.
+        previews: show text while it is written; in a terminal only.
     """
 
     form: str
@@ -204,6 +216,7 @@ class Options:
     style: render.Style
     end: int | None = None
     types: tuple[str, ...] = ()
+    previews: bool = True
 
 
 def show(to: Target, session_id: str, options: Options) -> int:
@@ -216,7 +229,15 @@ def show(to: Target, session_id: str, options: Options) -> int:
     follow = options.follow or options.until_idle
     # Where the end of the turn counts, the events that tell it must come too: then the filter is ours.
     asked = () if options.until_idle else options.types
-    for session, event in source.raw(options.start, follow=follow, end=options.end, types=asked):
+    previews = options.previews and follow and options.form == "text" and sys.stdout.isatty()
+    live = Live(options.style.width)
+    for session, event in source.raw(
+        options.start, follow=follow, end=options.end, types=asked, previews=previews
+    ):
+        if "preview" in event:
+            print(live.feed(event["preview"]), end="", flush=True)
+            continue
+        print(live.clear(), end="")
         turn.feed(event)
         if options.types and event["type"] not in options.types:
             pass

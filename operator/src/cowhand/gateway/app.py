@@ -12,7 +12,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from aiohttp import web
 
 from cowhand import __version__
 from cowhand.errors import CowhandError, LogIncompatible, SessionNotFound
-from cowhand.gateway import answers, incoming, messages, paging
+from cowhand.gateway import answers, incoming, messages, paging, previews
 from cowhand.gateway import exec as sandbox_exec
 from cowhand.gateway import log as rawlog
 from cowhand.gateway.auth import Authority, Caller, Clock, Expiring, Right
@@ -32,6 +32,7 @@ from cowhand.gateway.sse import PING, Renderer, error_frame, resume_position
 from cowhand.gateway.window import chunks, context_at
 from cowhand.session import events as ev
 from cowhand.session.log import SessionLog, SessionState, from_end
+from cowhand.session.preview import Preview, Previews
 from cowhand.telemetry.metrics import count_request
 
 MAX_BODY: Final = 4 * 1024 * 1024
@@ -60,6 +61,7 @@ class Gateway:
         ids: ids of recent requests.
         unseen: session -> position of a message that came while nobody was streaming. Official
             quickstarts send first and open the stream second: their stream begins here.
+        previews: namespace -> text that is still written; none where it is not served.
         streams: session -> number of open streams.
     """
 
@@ -72,6 +74,7 @@ class Gateway:
     ids: messages.Ids = field(default_factory=messages.Ids)
     unseen: Expiring[int] = field(init=False)
     health: Expiring[dict[str, str]] = field(init=False)
+    previews: Mapping[str, Previews] = field(default_factory=dict)
     streams: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -339,18 +342,20 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
     """`GET /v1/sessions/{id}/events/stream`."""
     gateway = request.app[GATEWAY]
     resume = resume_position(request.headers.get("Last-Event-ID"), request.query)
+    with_previews = previews.wanted(request.query)
     target = await _target(request, READ)
     session_id = target.session_id
     unseen = None if resume else gateway.unseen.pop(session_id)
     start = max(1, resume[0]) if resume else unseen or target.state.next_seq
     context = await context_at(target.log, session_id, start)
     renderer = Renderer(context, after=resume or (0, 0))
+    shown = (lambda one: previews.frames(session_id, one)) if with_previews else None
     response = _stream_response("text/event-stream")
     response.headers["request-id"] = request[REQUEST_ID]
     await response.prepare(request)
     gateway.streams[session_id] = gateway.streams.get(session_id, 0) + 1
     try:
-        await _follow(request, response, target, start, renderer, PING, error_frame)
+        await _follow(request, response, target, start, renderer, PING, error_frame, shown)
     finally:
         gateway.streams[session_id] -= 1
         if not gateway.streams[session_id]:
@@ -367,7 +372,10 @@ async def read_log(request: web.Request) -> web.StreamResponse:
     response.headers["request-id"] = request[REQUEST_ID]
     await response.prepare(request)
     if query.follow:
-        await _follow(request, response, target, start, query.render, b"\n", rawlog.error_line)
+        shown = previews.line if query.previews else None
+        await _follow(
+            request, response, target, start, query.render, b"\n", rawlog.error_line, shown
+        )
         return response
     try:
         async for found in chunks(target.log, target.session_id, start, end):
@@ -405,7 +413,9 @@ async def _follow(
     render: Callable[[Any], bytes],
     ping: bytes,
     failed: Callable[[dict[str, Any]], bytes],
+    shown: Callable[[Preview], bytes] | None = None,
 ) -> None:
+    """Send what comes from a position on; `shown` renders previews, None leaves them out."""
     gateway = request.app[GATEWAY]
     if target.state.state in ("terminated", "closed") and start >= target.state.next_seq:
         return  # nothing will ever come
@@ -413,9 +423,14 @@ async def _follow(
     async def check() -> None:
         await gateway.authority.authorize(target.caller, target.right(*READ))
 
+    source: AsyncIterator[Any] = target.log.follow(target.session_id, start)
+    channel = gateway.previews.get(target.state.meta.namespace)
+    if shown is not None and channel is not None:
+        source = previews.merged(source, channel.follow(target.session_id))
+        render = previews.renderer(render, shown, start)
     follower = Follower(response, request.transport, render, ping, check, gateway.stopping)
     try:
-        await follower.run(target.log.follow(target.session_id, start))
+        await follower.run(source)
     except CowhandError as err:
         # The status line is gone: the error travels as the last thing of the stream.
         await response.write(failed(_answer(request, err).body))

@@ -2,6 +2,8 @@
 
 One line per event, `{"seq","type","id","ts","lease","payload"}` with the payload as JSON.
 Empty lines are keep-alives. A line `{"error":...}` at the end says why a followed log stopped.
+Lines `{"preview":{"start","block","offset","text"}}` (with `previews`) are text that is still being written: they are
+not events, and no position counts them.
 
 `export_lines` makes the file of `cowhand export` (see `session.export`), whose payloads survive byte for byte.
 """
@@ -31,12 +33,14 @@ class Query:
         end: last position, None for the newest.
         follow: go on with new events.
         types: types to keep, empty for all.
+        previews: with the text of responses that are still written; only with `follow`.
     """
 
     start: int = 1
     end: int | None = None
     follow: bool = False
     types: frozenset[str] = frozenset()
+    previews: bool = False
 
     def render(self, event: Event) -> bytes:
         """The line of an event, empty for one that the filter leaves out."""
@@ -57,21 +61,26 @@ def _position(query: MultiMapping[str], name: str) -> int | None:
 
 
 def parse(query: MultiMapping[str]) -> Query:
-    """The query of a request: `start`, `end`, `follow`, `types` (comma separated, may be repeated).
+    """The query of a request: `start`, `end`, `follow`, `previews`, `types` (comma separated, may be repeated).
 
     Raises:
         UserError: a value that is not valid; `field` names the parameter.
     """
     start = _position(query, "start") or 1
     end = _position(query, "end")
-    follow = query.get("follow", "false")
-    if follow not in ("true", "false", "1", "0"):
-        raise UserError(f"follow: {follow!r} is not true or false", field="follow")
-    if follow in ("true", "1") and end is not None:
+    follow, previews = _flag(query, "follow"), _flag(query, "previews")
+    if follow and end is not None:
         raise UserError("end: cannot be combined with follow", field="end")
     given = [*query.getall("types", []), *query.getall("types[]", [])]
     types = frozenset(word for text in given for word in text.split(",") if word)
-    return Query(start, end, follow in ("true", "1"), types)
+    return Query(start, end, follow, types, previews)
+
+
+def _flag(query: MultiMapping[str], name: str) -> bool:
+    given = query.get(name, "false")
+    if given not in ("true", "false", "1", "0"):
+        raise UserError(f"{name}: {given!r} is not true or false", field=name)
+    return given in ("true", "1")
 
 
 def line(event: Event) -> bytes:

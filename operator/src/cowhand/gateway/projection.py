@@ -86,6 +86,15 @@ def event_id(session_id: str, seq: int, index: int = 0) -> str:
     return f"sevt_{session_id.removeprefix('sesn_')}_{seq}_{index}"
 
 
+def message_id(session_id: str, start: int, block: int) -> str:
+    """Public id of the message (or thinking) that begins with a block of the response to a request.
+
+    It stands on the position of the `span.model_request_start`, so that it is known while the text is written;
+    that event itself has index 0.
+    """
+    return event_id(session_id, start, block + 1)
+
+
 def tool_use_event_id(session_id: str, tool_use_id: str) -> str:
     """Public id of the event of a tool use (`toolu_...`)."""
     return f"sevt_{session_id.removeprefix('sesn_')}_{tool_use_id}"
@@ -214,7 +223,13 @@ def _user(event: Event, context: Context) -> list[Public]:
 
 def _response(event: Event, context: Context) -> list[Public]:
     message = event.data.get("message") or {}
+    start = event.data.get("start")  # none in logs of older releases
     out: list[Public] = []
+
+    def base_of(index: int) -> Public:
+        base = _base(event, context, index)
+        return {**base, "id": message_id(context.session_id, start, index)} if start else base
+
     for index, block in enumerate(message.get("content") or ()):
         kind = block.get("type")
         previous = out[-1]["type"] if out else ""
@@ -223,10 +238,9 @@ def _response(event: Event, context: Context) -> list[Public]:
             if previous == "agent.message":
                 out[-1]["content"].append(text)
             else:
-                base = _base(event, context, index)
-                out.append({**base, "type": "agent.message", "content": [text]})
+                out.append({**base_of(index), "type": "agent.message", "content": [text]})
         elif kind in ("thinking", "redacted_thinking") and previous != "agent.thinking":
-            out.append({**_base(event, context, index), "type": "agent.thinking"})
+            out.append({**base_of(index), "type": "agent.thinking"})
         elif kind == "tool_use":
             out.append(_tool_use(event, context, block))
     return out

@@ -36,7 +36,7 @@ class Follower:
     Attributes:
         response: prepared response.
         transport: its connection, to cut it when the client stalls.
-        render: bytes to send for an event, empty for none.
+        render: bytes to send for an event (or what else the source yields), empty for none.
         ping: bytes of a keep-alive.
         check: raises when the caller may no longer follow.
         stopping: set when the gateway goes down: the client reconnects elsewhere.
@@ -45,13 +45,13 @@ class Follower:
 
     response: web.StreamResponse
     transport: asyncio.BaseTransport | None
-    render: Callable[[Event], bytes]
+    render: Callable[[Any], bytes]
     ping: bytes
     check: Callable[[], Awaitable[None]]
     stopping: asyncio.Event
     last: frozenset[str] = LAST
 
-    async def run(self, source: AsyncIterator[Event]) -> None:
+    async def run(self, source: AsyncIterator[Any]) -> None:
         """Send events as they come, until the log ends, the client leaves or the gateway stops.
 
         Raises:
@@ -60,7 +60,7 @@ class Follower:
         loop = asyncio.get_running_loop()
         checked = loop.time()
         stop: asyncio.Future[Any] = asyncio.ensure_future(self.stopping.wait())
-        pending: asyncio.Future[Event] | None = None
+        pending: asyncio.Future[Any] | None = None
         try:
             while not self.stopping.is_set():
                 if pending is None:
@@ -80,7 +80,7 @@ class Follower:
                     return
                 pending = None
                 await self._write(self.render(event))
-                if event.type in self.last:
+                if isinstance(event, Event) and event.type in self.last:
                     return
         except (ConnectionError, TimeoutError):
             # The client left or takes nothing: there is nobody to tell.
@@ -97,14 +97,14 @@ class Follower:
             await asyncio.wait_for(self.response.write(data), STALLED_S)
 
 
-async def _next(source: AsyncIterator[Event]) -> Event:
+async def _next(source: AsyncIterator[Any]) -> Any:
     return await source.__anext__()
 
 
 async def _end(
     stop: asyncio.Future[Any],
-    pending: asyncio.Future[Event] | None,
-    source: AsyncIterator[Event],
+    pending: asyncio.Future[Any] | None,
+    source: AsyncIterator[Any],
 ) -> None:
     for future in (stop, pending):
         if future is not None:

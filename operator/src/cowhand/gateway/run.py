@@ -49,13 +49,14 @@ async def run(settings: GatewaySettings) -> None:
         store = await stack.enter_async_context(connect(config))
         store.keep_scripts()
         logs = {namespace: store.session_log(namespace) for namespace in settings.tenants}
+        shown = {namespace: store.previews(namespace) for namespace in settings.tenants}
         broker = HttpBroker(settings.broker_url, settings.ca_file, settings.token_file)
         stack.push_async_callback(broker.close)
         hands = PinnedHands()
         stack.push_async_callback(hands.close)
         executor = Executor(kube, store.control_log(), logs, broker, hands)
         await serve(
-            Gateway(Authority(kube), logs, executor, broker),
+            Gateway(Authority(kube), logs, executor, broker, previews=shown),
             settings.listen_port,
             certificate.context,
         )

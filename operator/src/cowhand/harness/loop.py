@@ -91,7 +91,9 @@ class Surroundings:
         make_hands: session -> its hands.
         admit: returns when new work may start (the worker's heartbeat is fresh).
         gate: rate gate of the tenant; by default it is always open.
-        preview: session id, text: called for each piece of visible text as it streams.
+        preview: session id, position of the request, index of the block, text: called for each piece of visible
+            text as it streams; must not wait.
+        preview_end: session id: the response is over, whole or not.
         probe: called with the name of each point that a crash test may stop at.
     """
 
@@ -99,7 +101,8 @@ class Surroundings:
     make_hands: Callable[[SessionLoop], Hands]
     admit: Callable[[], Awaitable[None]]
     gate: RateGate = field(default_factory=OpenGate)
-    preview: Callable[[str, str], None] = lambda _session, _text: None
+    preview: Callable[[str, int, int, str], None] = lambda _session, _start, _block, _text: None
+    preview_end: Callable[[str], None] = lambda _session: None
     probe: Callable[[str], None] = lambda _point: None
 
 
@@ -379,7 +382,7 @@ class SessionLoop:
         try:
             # Named nowhere, so that the request is gone once it is sent: the answer may take minutes.
             response = await self._race(
-                self._stream(body(base, self.session_id, limit, prompt)), self._stop_stream
+                self._stream(body(base, self.session_id, limit, prompt), seq), self._stop_stream
             )
         except Stopped:
             await self._journal.append((_request_end(seq, "interrupted"),))
@@ -392,6 +395,7 @@ class SessionLoop:
             await self._received(step, seq, response)
         finally:
             self._streaming = False
+            self._around.preview_end(self.session_id)
 
     async def _may_send(self, step: SendRequest) -> bool:
         """Wait for the backoff and for the rate gate; False: something was waited for, so look at the log again."""
@@ -425,12 +429,12 @@ class SessionLoop:
         await self._journal.append((NewEvent(ev.STATUS_RESCHEDULED, data),))
         RESCHEDULED.labels(metering.kind(reason)).inc()
 
-    def _stream(self, raw: bytes) -> Coroutine[Any, Any, Response]:
+    def _stream(self, raw: bytes, seq: int) -> Coroutine[Any, Any, Response]:
         return self._around.model.stream(
             raw,
             session_id=self.session_id,
             lease=self.lease,
-            on_text=lambda text: self._around.preview(self.session_id, text),
+            on_text=lambda block, text: self._around.preview(self.session_id, seq, block, text),
             on_start=self._admission.answered,
         )
 
@@ -452,6 +456,7 @@ class SessionLoop:
             return
         data = {
             "message": response.message,
+            "start": seq,
             "request_id": response.request_id,
             "ttft_ms": response.ttft_ms,
             "duration_ms": response.duration_ms,

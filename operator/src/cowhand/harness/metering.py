@@ -48,7 +48,7 @@ class MeteredModel:
         *,
         session_id: str,
         lease: str,
-        on_text: Callable[[str], None],
+        on_text: Callable[[int, str], None],
         on_start: Callable[[], None] = nothing,
         betas: Sequence[str] = (),
     ) -> Response:

@@ -70,7 +70,7 @@ class Model(Protocol):
         *,
         session_id: str,
         lease: str,
-        on_text: Callable[[str], None],
+        on_text: Callable[[int, str], None],
         on_start: Callable[[], None] = nothing,
         betas: Sequence[str] = (),
     ) -> Response:
@@ -80,7 +80,7 @@ class Model(Protocol):
             body: the request.
             session_id: for the proxy.
             lease: for the proxy.
-            on_text: called as the answer streams.
+            on_text: called with each piece and the index of its content block.
             on_start: called once, when the endpoint begins to answer.
             betas: values of the header `anthropic-beta`.
 
@@ -155,7 +155,7 @@ class AnthropicModel:
         *,
         session_id: str,
         lease: str,
-        on_text: Callable[[str], None],
+        on_text: Callable[[int, str], None],
         on_start: Callable[[], None] = nothing,
         betas: Sequence[str] = (),
     ) -> Response:
@@ -181,7 +181,7 @@ class AnthropicModel:
         self,
         content: AsyncIterator[bytes],
         headers: dict[str, str],
-        on_text: Callable[[str], None],
+        on_text: Callable[[int, str], None],
         on_start: Callable[[], None],
     ) -> Response:
         began = time.monotonic()
@@ -207,7 +207,7 @@ class AnthropicModel:
                     ttft = time.monotonic() - began
                     on_start()
                 if text:
-                    on_text(text)
+                    on_text(gathered.block, text)
         finally:
             await asyncio.shield(stream.close())
         message = gathered.message()

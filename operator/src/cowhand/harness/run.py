@@ -20,6 +20,7 @@ from cowhand.hands.transport import Credentials, PinnedTransport, ProxyCredentia
 from cowhand.harness.loop import LoopSettings, SessionLoop, Surroundings
 from cowhand.harness.metering import MeteredModel
 from cowhand.harness.model import AnthropicModel, Model
+from cowhand.harness.previews import Previewer
 from cowhand.harness.worker import Worker, WorkerSettings
 from cowhand.session.log import StoreConfig
 from cowhand.settings import HarnessSettings, StoreSettings
@@ -77,6 +78,7 @@ async def _run(settings: HarnessSettings, ready: Path) -> None:
     transport, credentials = PinnedTransport(), ProxyCredentials(settings.proxy_url)
     limits = SandboxSettings(wait_s=settings.hand_wait_s, max_output=settings.max_tool_output)
     store = session.connect(store_config(settings.store), namespace=settings.namespace)
+    previewer = Previewer(store.previews())
     try:
         worker = Worker(
             store.worker_log(settings.pod_uid),
@@ -84,6 +86,8 @@ async def _run(settings: HarnessSettings, ready: Path) -> None:
             replace(
                 surroundings(MeteredModel(model), transport, credentials, limits),
                 gate=store.rate_gate(),
+                preview=previewer,
+                preview_end=previewer.end,
             ),
             WorkerSettings(
                 namespace=settings.namespace,
@@ -99,6 +103,7 @@ async def _run(settings: HarnessSettings, ready: Path) -> None:
         await worker.run()
     finally:
         _remove(ready)
+        await previewer.close()
         await model.close()
         await transport.close()
         await credentials.close()

@@ -89,11 +89,13 @@ class Accumulator:
 
     Attributes:
         started: the first content block has begun.
+        block: index of the block that the newest piece of visible text belongs to.
         done: `message_stop` was seen.
     """
 
     def __init__(self) -> None:
         self.started = False
+        self.block = 0
         self.done = False
         self._message: dict[str, str] | None = None
         self._blocks: dict[int, _Block] = {}
@@ -150,7 +152,10 @@ class Accumulator:
         if kind in _CONCAT:
             source, target = _CONCAT[kind]
             block.strings.setdefault(target, []).append(delta[source])
-            return str(delta[source]) if kind == "text_delta" else ""
+            if kind != "text_delta":
+                return ""
+            self.block = index
+            return str(delta[source])
         if kind == "input_json_delta":
             block.input.append(delta["partial_json"])
             return ""

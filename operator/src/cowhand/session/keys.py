@@ -111,6 +111,11 @@ class SessionKeys:
         """Channel that announces the last position."""
         return f"{self.base}t:{self.session_id}"
 
+    @property
+    def previews(self) -> str:
+        """Channel of the text that is being written."""
+        return f"{self.base}v:{self.session_id}"
+
 
 _SESSION_PARTS: Final = {"meta": "m", "log": "l", "dedupe": "d", "hands": "h"}
 _PARTITION_PARTS: Final = {

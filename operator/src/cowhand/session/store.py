@@ -35,6 +35,7 @@ from cowhand.session.keeper import ScriptKeeper
 from cowhand.session.keys import Keys, SessionKeys
 from cowhand.session.link import Link, Pipe, connection_factory, translate
 from cowhand.session.log import ArchiveLog, ControlLog, SessionLog, StoreConfig, WorkerLog
+from cowhand.session.preview import Previews, RedisPreviews
 from cowhand.session.sessions import RedisSessionLog
 from cowhand.session.worker import RedisWorkerLog
 from cowhand.telemetry.metrics import STORE_BARRIER_SECONDS
@@ -126,6 +127,10 @@ class Store:
     def rate_gate(self, namespace: str | None = None) -> RateGate:
         """`RateGate` of a tenant."""
         return RedisRateGate(self, self.keys(namespace))
+
+    def previews(self, namespace: str | None = None) -> Previews:
+        """`Previews` of a tenant."""
+        return RedisPreviews(self, self.keys(namespace))
 
     def control_log(self) -> ControlLog:
         """`ControlLog`, for all tenants."""

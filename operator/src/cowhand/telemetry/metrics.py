@@ -101,6 +101,12 @@ GATE_SHUT: Final = Counter(
     ("reason",),
     registry=REGISTRY,
 )
+PREVIEWS: Final = Counter(
+    "cowhand_previews_total",
+    "Pieces of text that were published while a response streams, by whether anybody listens: heard, unheard",
+    ("outcome",),
+    registry=REGISTRY,
+)
 RESCHEDULED: Final = Counter(
     "cowhand_sessions_rescheduled_total",
     "Sessions that a harness gave back until a later time instead of waiting with them, by what they wait for",
@@ -233,6 +239,7 @@ CATALOGUE: Final[tuple[tuple[str, tuple[MetricWrapperBase, ...]], ...]] = (
                 RESCHEDULED,
                 GATE_ENTRIES,
                 GATE_SHUT,
+                PREVIEWS,
                 MODEL_REQUESTS,
                 MODEL_SECONDS,
                 MODEL_TTFT_SECONDS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,6 +174,16 @@ async def test_the_scripts_that_no_history_runs(store_url: str, twin: Twin) -> N
         assert await archive.archived(NS, sid, 1, 3)
         assert not await archive.archived(NS, sid, 1, 3)
 
+        gate = store.rate_gate()
+        entry = await gate.enter("w", "m")
+        for round_, after in enumerate((None, 60.0, 0.0)):
+            one = replace(entry, round=round_)
+            await gate.shut("w", "m", one, kind="rate_limit_error", retry_after_s=after)
+            await gate.shut("w", "m", one, kind="rate_limit_error", retry_after_s=after)
+            await gate.enter("w", "m", place=(await gate.enter("w", "m")).place)
+        await gate.opened("w", "m", replace(entry, round=3))
+        await gate.opened("w", "m", replace(entry, round=3))
+
         await control.put_quota(NS, 100, 1000)
         with pytest.raises(QuotaExceeded):
             await log.emit_event(fork, make.message("big", "x" * 900))
@@ -180,6 +191,9 @@ async def test_the_scripts_that_no_history_runs(store_url: str, twin: Twin) -> N
         await worker._upkeep.trim()
         await worker._upkeep.requeue()
         await worker._upkeep.audit()
+        lease = await make.take(worker, fork)
+        await worker.park(lease, lease.next_seq, state="rescheduling", wake_at_ms=1)
+        assert await worker._upkeep.due() == 1
         base = store.keys().base_of(sid)
         consumer = worker.worker_id
         await store.writes.script("forget", [base + "rdy"], base, "", worker_module.GROUP, consumer)

@@ -438,8 +438,8 @@ class World:
             )
 
         worker = Worker(
-            store.worker_log(process.name), store.session_log(), replace(around, make_hands=hands),
-            WorkerSettings(NAMESPACE), clock=clock,
+            store.worker_log(process.name), store.session_log(),
+            replace(around, make_hands=hands, gate=store.rate_gate()), WorkerSettings(NAMESPACE), clock=clock,
         )  # fmt: skip
         self.current[process] = worker
         try:
@@ -640,7 +640,8 @@ class SimModel:
         *,
         session_id: str,
         lease: str,
-        on_text: Callable[[str], None],
+        on_text: Callable[[int, str], None],
+        on_start: Callable[[], None],
         betas: Sequence[str] = (),
     ) -> Response:
         world = self._world
@@ -659,7 +660,8 @@ class SimModel:
         value = await future
         if isinstance(value, Exception):
             raise value
-        on_text("text")
+        on_start()
+        on_text(0, "text")
         await asyncio.sleep(0)
         return Response(message=value, request_id="req", ttft_ms=1, duration_ms=2)
 

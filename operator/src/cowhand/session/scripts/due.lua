@@ -8,7 +8,7 @@ for _, sid in ipairs(redis.call('ZRANGE', TIMERS, '-inf', now_ms(), 'BYSCORE', '
   local m = redis.call('HMGET', meta, 'state', 'lease', 'mode', 'rdy')
   -- Whoever suspended it wakes it when it resumes; a holder has looked at the session since.
   if m[1] and not ended(m[1]) and m[2] == '' and m[3] == 'running' and m[4] == '0' then
-    redis.call('HSET', meta, 'rdy', redis.call('XADD', READY, '*', 's', sid))
+    enqueue(meta, READY, sid)
     count = count + 1
   end
 end

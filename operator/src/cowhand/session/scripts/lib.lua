@@ -45,8 +45,8 @@ local function nudge(lease, seq)
 end
 
 -- One entry of the ready stream at most: meta.rdy is its id, '0' for none.
-local function enqueue(meta, ready)
-  redis.call('HSET', meta, 'rdy', redis.call('XADD', ready, '*', 's', SID))
+local function enqueue(meta, ready, sid)
+  redis.call('HSET', meta, 'rdy', redis.call('XADD', ready, '*', 's', sid or SID))
 end
 
 -- Count `size` bytes against the tenant's quota; answers what to reply if there is no room for them. Only the

@@ -99,6 +99,26 @@ async def test_a_short_wait_keeps_the_place(monkeypatch: pytest.MonkeyPatch) -> 
     assert made.types().count(ev.SESSION_WAKE) == 1
 
 
+async def test_a_drain_does_not_wait_for_the_line() -> None:
+    made, line = world(), Line()
+    rig = Rig(made, lambda request: message(text("hi")))
+    asked = asyncio.Event()
+
+    async def enter(workspace: str, model: str, *, place: int = 0) -> Entry:
+        asked.set()
+        return Entry(place=made.events[-1].ts + 4_000)
+
+    line.enter = enter  # type: ignore[method-assign]
+    rig.around = replace(rig.around, gate=line)
+    work = asyncio.ensure_future(rig.run())
+    await asked.wait()
+    assert rig.loop is not None
+    rig.loop.drain()
+    assert await work is End.DRAINED
+    assert made.requests == []
+    assert made.data(ev.STATUS_RESCHEDULED) == []
+
+
 class Line:
     """A rate gate that answers what the test says, and open for the rest."""
 
@@ -234,7 +254,7 @@ async def test_visible_text_is_previewed_and_never_logged() -> None:
 
     class Talking:
         async def stream(self, body: bytes, *, on_text: Any, **more: Any) -> Any:
-            on_text(1, "hel")
+            on_text(1, "qzj")
             on_text(1, "lo")
             return await inner.stream(body, on_text=on_text, **more)
 
@@ -246,10 +266,10 @@ async def test_visible_text_is_previewed_and_never_logged() -> None:
     )
     assert await rig.run() is End.PARKED
     start = made.types().index(ev.MODEL_REQUEST_START) + 1
-    assert heard == [(SID, start, 1, "hel"), (SID, start, 1, "lo")]
+    assert heard == [(SID, start, 1, "qzj"), (SID, start, 1, "lo")]
     assert over == [SID]
     assert made.data(ev.MODEL_RESPONSE)[0]["start"] == start
-    assert b"hel" not in b"".join(e.payload for e in made.events if e.type != ev.MODEL_RESPONSE)
+    assert b"qzj" not in b"".join(event.payload for event in made.events)
 
 
 @pytest.mark.parametrize("timed", [True, False])

@@ -92,3 +92,20 @@ def test_the_volume_outlives_the_release(render: Render) -> None:
     assert claim["metadata"]["name"] == "data"
     assert claim["spec"]["storageClassName"] == "fast"
     assert "persistentVolumeClaimRetentionPolicy" not in store["spec"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "fsync", "replicas"), [("dev", "everysec", "1"), ("strict", "always", "0")]
+)
+def test_the_profile_decides_when_the_file_is_on_the_disk(
+    render: Render, profile: str, fsync: str, replicas: str
+) -> None:
+    found = render({"store": {"profile": profile}})
+    config = pick(found, "ConfigMap", "cowhand-store")["data"]["valkey.conf"]
+    assert f"appendfsync {fsync}\n" in config
+    for name in ("cowhand-operator", "cowhand-gateway", "cowhand-harness"):
+        pod = pick(found, "Deployment", name)["spec"]["template"]["spec"]
+        env = {item["name"]: item.get("value") for item in pod["containers"][0]["env"]}
+        assert env["COWHAND_STORE_PROFILE"] == profile
+        assert env["COWHAND_STORE_REPLICAS"] == replicas
+        assert env["COWHAND_STORE_ALLOW_WEAKER"] == "false"

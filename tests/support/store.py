@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -80,6 +81,7 @@ class Store:
         acl: str | None = None,
         tls: tuple[str, str, str] | None = None,
         fsync: str = "everysec",
+        aof: bool = True,
     ) -> None:
         self.binary = binary or find()
         self.folder = Path(tempfile.mkdtemp(prefix="cowhand-store-"))
@@ -87,6 +89,7 @@ class Store:
         self.acl = acl
         self.tls = tls
         self.fsync = fsync
+        self.aof = aof
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -107,7 +110,14 @@ class Store:
             self.binary,
             *port,
             *("--bind", "127.0.0.1", "--dir", str(self.folder), "--daemonize", "no"),
-            *("--appendonly", "yes", "--appendfsync", self.fsync, "--save", ""),
+            *(
+                "--appendonly",
+                "yes" if self.aof else "no",
+                "--appendfsync",
+                self.fsync,
+                "--save",
+                "",
+            ),
             *("--maxmemory-policy", "noeviction", "--loglevel", "warning"),
         ]
 
@@ -153,6 +163,29 @@ class Store:
             reply = conn.recv(65536)
         assert not reply.startswith(b"-"), reply
         return reply
+
+    def follow(self, primary: Store) -> None:
+        """Become a replica of another server, at once in step with it."""
+        self.command("REPLICAOF", "127.0.0.1", str(primary.port))
+        for _ in range(3000):
+            if b"master_link_status:up" in self.command("INFO", "replication"):
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"no replica: {self.log_tail()}")
+
+    def promote(self) -> None:
+        """Become a primary."""
+        self.command("REPLICAOF", "NO", "ONE")
+
+    def freeze(self) -> None:
+        """Stand still (SIGSTOP) until `thaw`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Go on (SIGCONT)."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def flush(self) -> None:
         self.command("FLUSHALL")

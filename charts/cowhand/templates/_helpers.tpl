@@ -76,6 +76,8 @@ args: [{{ .command }}]
 - {name: COWHAND_STORE_CA_FILE, value: /etc/cowhand/store-ca/ca.crt}
 - {name: COWHAND_STORE_PARTITIONS, value: {{ .root.Values.store.partitions | quote }}}
 - {name: COWHAND_STORE_PROFILE, value: {{ .root.Values.store.profile | quote }}}
+- {name: COWHAND_STORE_REPLICAS, value: {{ ternary 0 .root.Values.store.replicas (and .root.Values.store.embedded (eq .root.Values.store.profile "strict")) | quote }}}
+- {name: COWHAND_STORE_ALLOW_WEAKER, value: {{ .root.Values.store.allowWeaker | quote }}}
 {{- end }}
 
 {{/* Environment that opens the metrics port. */}}

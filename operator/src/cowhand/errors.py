@@ -15,6 +15,7 @@ Callers decide by class, never by text; the text is for the person who reads it 
     │   ├── Suspended             the session was suspended: nothing new may begin
     │   ├── Fenced                another worker holds the session: drop everything at once
     │   ├── StoreMismatch         this is not the store that we were started with
+    │   ├── StoreTooWeak          the store keeps less than the durability profile that was set
     │   ├── LogIncompatible       an event of a version that this release cannot read
     │   │   └── BlobMissing           a large payload or an archived part of the log is gone
     │   └── HandLost              the hand is gone, with what ran in it
@@ -120,6 +121,12 @@ class StoreMismatch(Terminal):
     """The store's identity is not the one that this process started with."""
 
     reason = "StoreMismatch"
+
+
+class StoreTooWeak(Terminal):
+    """The store is too old, or keeps less than the durability profile that was set."""
+
+    reason = "StoreTooWeak"
 
 
 class LogIncompatible(Terminal):

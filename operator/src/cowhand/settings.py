@@ -9,11 +9,20 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
 from cowhand.errors import UserError
 
 T = TypeVar("T")
+
+Profile = Literal["dev", "standard", "strict", "managed"]
+PROFILES: Final[Mapping[str, Profile]] = {
+    "dev": "dev",
+    "standard": "standard",
+    "strict": "strict",
+    "managed": "managed",
+}
+"""Durability profiles of the store: docs/guarantees.md."""
 
 
 def _get(env: Mapping[str, str], name: str, default: T, parse: Callable[[str], T]) -> T:
@@ -64,8 +73,12 @@ class StoreSettings:
     """First part of every key."""
     partitions: int = 16
     """Partitions of the store, fixed at install."""
-    profile: Literal["dev", "standard"] = "dev"
-    """Durability profile."""
+    profile: Profile = "dev"
+    """Durability profile (`COWHAND_STORE_PROFILE`)."""
+    replicas: int = 1
+    """Replicas that confirm a barrier of profiles standard and strict (`COWHAND_STORE_REPLICAS`)."""
+    allow_weaker: bool = False
+    """Go on with a store that keeps less than the profile (`COWHAND_STORE_ALLOW_WEAKER`, `true` or `false`)."""
 
 
 def store(env: Mapping[str, str] | None = None) -> StoreSettings:
@@ -76,8 +89,17 @@ def store(env: Mapping[str, str] | None = None) -> StoreSettings:
         with open(file, encoding="utf-8") as handle:
             password = handle.read().strip()
     profile = _get(env, "STORE_PROFILE", "dev", str)
-    if profile not in ("dev", "standard"):
-        raise UserError(f"COWHAND_STORE_PROFILE={profile!r} is not dev or standard")
+    replicas = _get(env, "STORE_REPLICAS", 1, int)
+    if profile not in PROFILES:
+        raise UserError(
+            f"COWHAND_STORE_PROFILE={profile!r} is none of {', '.join(PROFILES)}", field="profile"
+        )
+    if replicas < (profile == "standard"):
+        raise UserError(
+            f"COWHAND_STORE_REPLICAS={replicas}: profile standard rests on at least one replica, and no profile"
+            " on fewer than none",
+            field="replicas",
+        )
     return StoreSettings(
         url=_need(env, "STORE_URL"),
         username=_get(env, "STORE_USERNAME", "", str),
@@ -85,7 +107,9 @@ def store(env: Mapping[str, str] | None = None) -> StoreSettings:
         ca_file=_get(env, "STORE_CA_FILE", "", str),
         prefix=_get(env, "STORE_PREFIX", "cowhand", str),
         partitions=_get(env, "STORE_PARTITIONS", 16, int),
-        profile="standard" if profile == "standard" else "dev",
+        profile=PROFILES[profile],
+        replicas=replicas,
+        allow_weaker=_get(env, "STORE_ALLOW_WEAKER", "false", str) == "true",
     )
 
 

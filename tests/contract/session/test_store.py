@@ -475,7 +475,7 @@ async def test_profile_standard_waits_for_a_replica(server, monkeypatch):
     config = StoreConfig(server.url, profile="standard")
     try:
         async with connect(config, namespace="team-a") as store:
-            with pytest.raises(StoreUnavailable, match="no replica"):
+            with pytest.raises(StoreUnavailable, match="ask again"):
                 await make.start(store.session_log())
             replica.command("REPLICAOF", "127.0.0.1", str(server.port))
             sid = make.new_sid()

@@ -39,7 +39,13 @@ def healthy():
             "keys": ["api-key"],
         },
         images=frozenset({"docker.io/library/box:1"}),
-        health={"status": "ok", "version": "0.1.0", "store": "ok", "broker": "ok"},
+        health={
+            "status": "ok",
+            "version": "0.1.0",
+            "store": "ok",
+            "broker": "ok",
+            "store_profile": {"demanded": "dev", "effective": "dev", "server": "Valkey 8.1.0"},
+        },
     )
 
 
@@ -94,6 +100,24 @@ def broken(change):
             "store answers",
             "fail",
             "refused: look at the store's pod",
+        ),
+        (
+            lambda s: s.health.pop("store_profile"),
+            "store profile",
+            "warn",
+            "has not been able to ask the store",
+        ),
+        (
+            lambda s: s.health["store_profile"].update(demanded="strict", faults=["no file"]),
+            "store profile",
+            "fail",
+            "dev (Valkey 8.1.0), less than strict, which is demanded: no file",
+        ),
+        (
+            lambda s: s.health["store_profile"].update(notes=["slow"]),
+            "store profile",
+            "warn",
+            "dev (Valkey 8.1.0); slow",
         ),
         (lambda s: setattr(s, "secret", None), "model key", "fail", "create secret generic my-key"),
         (lambda s: s.secret.update(keys=["key"]), "model key", "fail", "no key `api-key`"),

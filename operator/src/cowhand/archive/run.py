@@ -36,6 +36,7 @@ async def run(settings: ArchiveSettings) -> None:
 
     Raises:
         UserError: a setting is wrong, or a file cannot be read.
+        StoreTooWeak: the store keeps less than its profile promises.
         StoreMismatch, Denied: the store is not ours. One that is only away is waited for.
     """
     if not settings.tenants:
@@ -52,6 +53,7 @@ async def run(settings: ArchiveSettings) -> None:
         store = await stack.enter_async_context(session.connect(config))
         server = ArchiveServer(kube=kube, objects=objects, names=names)
         store.keep_scripts()
+        await store.require_durability()
         side = store.archive_log()
         await _until_first(
             certificate.watch(),

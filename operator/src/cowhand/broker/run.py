@@ -47,6 +47,7 @@ async def run(settings: BrokerSettings) -> None:
         config = StoreConfig(**dataclasses.asdict(settings.store))
         store = await stack.enter_async_context(session.connect(config))
         store.keep_scripts()
+        await store.require_durability()
         broker = Broker(
             kube=kube,
             sessions=store.session_log,

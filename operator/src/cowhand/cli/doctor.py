@@ -209,6 +209,23 @@ def _store_and_broker(seen: Snapshot) -> Iterator[Line]:
             yield Line("ok", f"{name} answers", "as the gateway sees it")
         else:
             yield Line("fail", f"{name} answers", f"{said}: look at {advice}")
+    yield from _durability(seen.health.get("store_profile"))
+
+
+def _durability(found: Any) -> Iterator[Line]:
+    """What the store keeps, as the gateway has seen it."""
+    what = "store profile"
+    if not isinstance(found, Mapping):
+        yield Line("warn", what, "not known: the gateway has not been able to ask the store")
+        return
+    faults, notes = list(found.get("faults") or ()), list(found.get("notes") or ())
+    text = f"{found.get('effective')} ({found.get('server')})"
+    if found.get("effective") != found.get("demanded"):
+        text += f", less than {found.get('demanded')}, which is demanded"
+        yield Line("fail", what, f"{text}: {'; '.join(map(str, faults))}")
+    else:
+        verdict: Verdict = "warn" if faults or notes else "ok"
+        yield Line(verdict, what, "; ".join([text, *map(str, (*faults, *notes))]))
 
 
 def _secret(seen: Snapshot) -> Line:

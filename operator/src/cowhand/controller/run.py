@@ -123,6 +123,7 @@ async def _run(settings: OperatorSettings, ready_file: Path) -> None:
         kube, settings.namespace, settings.identity, settings.lease_seconds, clock=loop.time
     )
     try:
+        await store.require_durability()
         # Both replicas are ready: a waiting one is what a rolling update and a drain need.
         _show_ready(ready_file, True)
         await elector.acquire()

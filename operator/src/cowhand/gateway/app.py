@@ -63,6 +63,7 @@ class Gateway:
             quickstarts send first and open the stream second: their stream begins here.
         previews: namespace -> text that is still written; none where it is not served.
         streams: session -> number of open streams.
+        durability: what the store was last seen to keep, for `/healthz`; None: not known.
     """
 
     authority: Authority
@@ -73,9 +74,10 @@ class Gateway:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     ids: messages.Ids = field(default_factory=messages.Ids)
     unseen: Expiring[int] = field(init=False)
-    health: Expiring[dict[str, str]] = field(init=False)
+    health: Expiring[dict[str, Any]] = field(init=False)
     previews: Mapping[str, Previews] = field(default_factory=dict)
     streams: dict[str, int] = field(default_factory=dict)
+    durability: Callable[[], dict[str, Any] | None] = lambda: None
 
     def __post_init__(self) -> None:
         self.unseen = Expiring(self.clock)
@@ -265,7 +267,10 @@ async def healthz(request: web.Request) -> web.Response:
     found = gateway.health.get("health")
     if found is None:
         store, broker = await asyncio.gather(_store_health(gateway), _broker_health(gateway))
-        found = {"status": "ok", "version": __version__, "store": store, "broker": broker}
+        found = dict[str, Any](status="ok", version=__version__, store=store, broker=broker)
+        verdict = gateway.durability()
+        if verdict is not None:
+            found["store_profile"] = verdict
         gateway.health.put("health", found, HEALTH_TTL_S)
     return _json(found)
 

@@ -33,6 +33,7 @@ async def run(settings: GatewaySettings) -> None:
 
     Raises:
         UserError: certificate or key cannot be read, or no tenant is set.
+        StoreTooWeak: the store keeps less than its profile promises.
         StoreMismatch, Denied: the store is not ours. A store that is only away is not an error: requests
             answer 503 until it is back.
     """
@@ -48,6 +49,7 @@ async def run(settings: GatewaySettings) -> None:
         config = StoreConfig(**asdict(settings.store))
         store = await stack.enter_async_context(connect(config))
         store.keep_scripts()
+        await store.require_durability()
         logs = {namespace: store.session_log(namespace) for namespace in settings.tenants}
         shown = {namespace: store.previews(namespace) for namespace in settings.tenants}
         broker = HttpBroker(settings.broker_url, settings.ca_file, settings.token_file)
@@ -56,7 +58,11 @@ async def run(settings: GatewaySettings) -> None:
         stack.push_async_callback(hands.close)
         executor = Executor(kube, store.control_log(), logs, broker, hands)
         await serve(
-            Gateway(Authority(kube), logs, executor, broker, previews=shown),
+            Gateway(
+                *(Authority(kube), logs, executor, broker),
+                previews=shown,
+                durability=store.durability.as_dict,
+            ),
             settings.listen_port,
             certificate.context,
         )

@@ -41,6 +41,8 @@ def store_config(settings: StoreSettings) -> StoreConfig:
         prefix=settings.prefix,
         partitions=settings.partitions,
         profile=settings.profile,
+        replicas=settings.replicas,
+        allow_weaker=settings.allow_weaker,
     )
 
 

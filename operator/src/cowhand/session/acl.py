@@ -19,7 +19,7 @@ CONTROL_USERS: Final = ("operator", "broker", "gateway", "archive")
 
 COMMANDS: Final = (
     # connection
-    *("auth", "hello", "ping", "quit", "select", "echo", "time", "wait"),
+    *("auth", "hello", "ping", "quit", "select", "echo", "time", "wait", "waitaof"),
     *("client|setname", "client|id"),
     # scripts that the control plane has loaded
     *("evalsha", "script|exists"),

@@ -56,6 +56,10 @@ class Keys:
         """Keys of one session and of its partition."""
         return SessionKeys(self.base_of(session_id), session_id)
 
+    def barrier(self) -> str:
+        """The mark that a barrier writes before it waits."""
+        return f"{self.base(0)}bar"
+
     def sandbox(self, uid: str) -> str:
         """Newest hand record of a sandbox."""
         return f"{self.base_of(uid)}sbx:{uid}"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cowhand.session.export import Header
 
 Mode = Literal["running", "suspended"]
+Profile = Literal["dev", "standard", "strict", "managed"]
 State = Literal["idle", "running", "rescheduling", "terminated", "closed"]
 
 
@@ -375,8 +376,8 @@ class WorkerLog(Protocol):
     async def barrier(self, lease: Lease | None = None) -> None:
         """Wait until everything appended so far is as durable as the profile promises.
 
-        Profile dev: returns at once. Profile standard: a replica has it. With `lease` only that session's appends
-        are checked after a reconnect.
+        Profiles dev and managed: returns at once. Profile standard: replicas have it in memory. Profile strict: it is
+        on the disk, here and at replicas. With `lease` only that session's appends are checked after a reconnect.
 
         Raises:
             Fenced: the store lost appends of the lease (with None: of any) before a replica had them.
@@ -571,7 +572,10 @@ class StoreConfig:
         ca_file: PEM file with the CA of the store's certificate, empty for the system's.
         prefix: first part of every key.
         partitions: number of partitions, fixed for the life of a store.
-        profile: durability profile; `dev` has no barrier.
+        profile: durability profile; `dev` and `managed` have no barrier.
+        replicas: replicas that confirm a barrier of `standard` and `strict`.
+        allow_weaker: go on with a store that keeps less than the profile; a barrier that nobody confirms passes
+            after its time is over.
     """
 
     url: str
@@ -580,4 +584,6 @@ class StoreConfig:
     ca_file: str = ""
     prefix: str = "cowhand"
     partitions: int = 16
-    profile: Literal["dev", "standard"] = "dev"
+    profile: Profile = "dev"
+    replicas: int = 1
+    allow_weaker: bool = False

@@ -6,10 +6,10 @@ Used by the gateway, the operator and the harness.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Collection, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from cowhand.errors import SessionNotFound, UserError
+from cowhand.errors import SessionNotFound, StoreUnavailable, UserError
 from cowhand.session import codec
 from cowhand.session.events import (
     EXTERNAL,
@@ -32,6 +32,8 @@ from cowhand.session.log import Created, Restored, SessionMeta, SessionState, fr
 
 if TYPE_CHECKING:
     from cowhand.session.store import Store
+
+T = TypeVar("T")
 
 CHUNK: Final = 32
 """Events of a first read; an event has up to 1 MiB, and a reply holds up the other readers."""
@@ -84,6 +86,9 @@ class RedisSessionLog:
     async def create_session(self, meta: SessionMeta, events: Sequence[NewEvent]) -> Created:
         """See `log.SessionLog.create_session`."""
         self._check(meta, events)
+        return await self._durably(lambda: self._create(meta, events))
+
+    async def _create(self, meta: SessionMeta, events: Sequence[NewEvent]) -> Created:
         stored = await self._pack(meta.session_id, events)
         words: list[str | bytes] = []
         for event, payload in zip(events, stored, strict=True):
@@ -107,7 +112,6 @@ class RedisSessionLog:
         if meta.tombstone:
             key = self._keys.tombstone(meta.tombstone)
             await self._store.writes.call("SET", key, meta.session_id)
-        await self._durable()
         return Created(meta.session_id, existed=reply[0] == "EXISTS")
 
     def _check(self, meta: SessionMeta, events: Sequence[NewEvent]) -> None:
@@ -162,11 +166,12 @@ class RedisSessionLog:
         seconds, micros = await self._store.reads.call("TIME")
         now_ms = int(seconds) * 1000 + int(micros) // 1000
         importer = Importer(self._store, self._keys)
+        generation = await self._generation()
         made = await fork(importer, meta, created, source, extra, self.get_events, now_ms)
         if meta.tombstone:
             key = self._keys.tombstone(meta.tombstone)
             await self._store.writes.call("SET", key, meta.session_id)
-        await self._durable()
+        await self._confirm(generation)
         return Created(meta.session_id, existed=not made)
 
     async def restore_session(self, header: Header, events: AsyncIterator[Event]) -> Restored:
@@ -188,8 +193,9 @@ class RedisSessionLog:
         async def read(first: int, last: int) -> list[Event]:
             return await self.get_events(session_id, first, last)
 
+        generation = await self._generation()
         done = await restore(Importer(self._store, self._keys), header, events, there, read)
-        await self._durable()
+        await self._confirm(generation)
         return done
 
     async def emit_event(self, session_id: str, event: NewEvent) -> int:
@@ -202,24 +208,48 @@ class RedisSessionLog:
         if not _SESSION_ID.fullmatch(session_id):
             raise SessionNotFound(f"there is no session {session_id}")
         (payload,) = await self._pack(session_id, [event])
-        reply = await self._store.script(
-            "ingest",
-            self._keys.session(session_id),
-            event.id,
-            event.type,
-            payload,
-            self._store.payloads.inline_limit,
-            int(event.type not in QUIET),
+        reply = await self._durably(
+            lambda: self._store.script(
+                "ingest",
+                self._keys.session(session_id),
+                event.id,
+                event.type,
+                payload,
+                self._store.payloads.inline_limit,
+                int(event.type not in QUIET),
+            )
         )
-        await self._durable()
         return int(reply[1])
 
     async def _pack(self, session_id: str, events: Sequence[NewEvent]) -> list[bytes]:
         return await self._store.payloads.pack(self._keys.namespace, session_id, events)
 
-    async def _durable(self) -> None:
-        if self._store.config.profile == "standard":
-            await self._store.wait()
+    async def _durably(self, write: Callable[[], Awaitable[T]]) -> T:
+        """Write, and wait until it is as durable as the profile promises.
+
+        Between the two the connection may have changed, and with it the server, which may have lost what was
+        written: so it is written again, which changes nothing where it is. Answers what the first one said.
+        """
+        generation = self._store.writes.link.generation
+        first = await write()
+        if not self._store.has_barrier:
+            return first
+        while (now := await self._store.wait(self._keys)) != generation:
+            generation = now
+            await write()
+        return first
+
+    async def _generation(self) -> int:
+        """Generation of the connection for writes now."""
+        return (await self._store.writes.call_on("PING"))[1]
+
+    async def _confirm(self, generation: int) -> None:
+        """As `_durably` for what was written since `generation` and cannot be written again here."""
+        if self._store.has_barrier and await self._store.wait(self._keys) != generation:
+            raise StoreUnavailable(
+                "the connection to the store has changed meanwhile: it may be written or not, repeat it",
+                after=0.5,
+            )
 
     async def get_events(
         self,

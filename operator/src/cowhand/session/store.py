@@ -7,6 +7,7 @@ of our own appends), one for reads, one for nudges, and one for each blocking re
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from cowhand.errors import (
     StoreMismatch,
     StoreUnavailable,
     Suspended,
+    Terminal,
     UserError,
 )
 from cowhand.session import scripts as lua
@@ -29,6 +31,7 @@ from cowhand.session.archiving import RedisArchiveLog
 from cowhand.session.blobs import Archive, Payloads, too_big
 from cowhand.session.cold import ColdLog
 from cowhand.session.control import RedisControlLog
+from cowhand.session.durability import Durability, barrier, confirmed
 from cowhand.session.gate import RateGate, RedisRateGate
 from cowhand.session.hub import Hub
 from cowhand.session.keeper import ScriptKeeper
@@ -40,8 +43,16 @@ from cowhand.session.sessions import RedisSessionLog
 from cowhand.session.worker import RedisWorkerLog
 from cowhand.telemetry.metrics import STORE_BARRIER_SECONDS
 
-WAIT_MS: Final = 1000
-"""How long a barrier waits for a replica before it is asked again."""
+LOG = logging.getLogger(__name__)
+
+WAIT_MS = 1000
+"""How long a barrier waits for a replica or a disk before it is asked again."""
+
+WEAK_WAIT_MS: Final = 20
+"""The same while `allow_weaker` lets barriers pass that nobody confirms."""
+
+MARK_MS: Final = 60_000
+"""Life of the key that a barrier writes."""
 
 
 class IdentityKeeper(Protocol):
@@ -85,6 +96,8 @@ class Store:
         self.reads = Pipe(self.link(), self._scripts)
         self.hub = Hub(self.link())
         self._tasks: list[asyncio.Task[None]] = []
+        self.durability = Durability(self)
+        self._weak = False
 
     async def __aenter__(self) -> Store:
         return self
@@ -115,6 +128,19 @@ class Store:
         """Keep the scripts loaded until `aclose`: each process of the control plane does it (see `keeper`)."""
         loop = asyncio.get_running_loop()
         self._tasks.append(loop.create_task(ScriptKeeper(self, self._scripts).run()))
+
+    async def require_durability(self) -> None:
+        """Refuse a store that keeps less than the profile promises, and look at it from now on until `aclose`.
+
+        For the control plane's logins: tenants may not ask. Raises StoreTooWeak (see `durability`).
+        """
+        await self.durability.require()
+        self._tasks.append(asyncio.get_running_loop().create_task(self.durability.run()))
+
+    @property
+    def has_barrier(self) -> bool:
+        """Whether the profile has barriers at all."""
+        return barrier(self.config.profile, self.config.replicas, 0) is not None
 
     def session_log(self, namespace: str | None = None) -> SessionLog:
         """`SessionLog` of a tenant (default: the one given to `connect`)."""
@@ -241,20 +267,55 @@ class Store:
         if code == "TOOBIG":
             raise UserError(too_big(f"event {reply[1]}", reply[2], self.payloads.inline_limit))
 
-    async def wait(self) -> int:
-        """Barrier of profile standard: wait until a replica has all that we wrote on this connection.
+    async def wait(self, keys: Keys) -> int:
+        """Barrier: wait until all that we wrote on this connection is as durable as the profile promises.
 
         Answers the generation of the connection that it speaks of.
 
+        A WAIT speaks of what its own connection has written, and one that has written nothing passes at once: a
+        repeated append that had run on an older connection writes nothing. So a mark is written first, behind
+        everything that was answered on this connection.
+
+        Args:
+            keys: of the tenant, whose login may write the mark.
+
         Raises:
-            StoreUnavailable: no replica has confirmed in time; what was written is not lost, ask again.
+            StoreUnavailable: not confirmed in time; what was written is not lost, ask again.
         """
         began, outcome = time.monotonic(), "unavailable"
         try:
-            replicas, generation = await self.writes.call_on("WAIT", 1, WAIT_MS)
-            if replicas < 1:
-                raise StoreUnavailable("no replica has confirmed the append", after=0.5)
-            outcome = "ok"
+            generation, done = await self._barrier(keys)
+            if not done and not self.config.allow_weaker:
+                raise StoreUnavailable(
+                    f"the append is not confirmed as profile {self.config.profile} demands"
+                    f" ({self.config.replicas} replicas): it may be lost or not, ask again",
+                    after=0.5,
+                )
+            if self._weak == done:
+                self._weak = not done
+                LOG.warning("barriers are %s", "confirmed again" if done else "not confirmed now")
+            outcome = "ok" if done else "weaker"
         finally:
             STORE_BARRIER_SECONDS.labels(outcome).observe(time.monotonic() - began)
         return generation
+
+    async def _barrier(self, keys: Keys) -> tuple[int, bool]:
+        """The generation of the connection, and whether enough have confirmed."""
+        profile, replicas = self.config.profile, self.config.replicas
+        command = barrier(profile, replicas, WEAK_WAIT_MS if self._weak else WAIT_MS)
+        assert command is not None, "no barrier in this profile"
+        mark = ("SET", keys.barrier(), "1", "PX", MARK_MS)
+        # Both are queued before either is sent, so they go over one connection in this order, or the
+        # generations tell.
+        found = await asyncio.gather(
+            self.writes.call_on(*mark), self.writes.call_on(*command), return_exceptions=True
+        )
+        for one in found:
+            if isinstance(one, Terminal):
+                # WAITAOF of a server that writes no file, for instance: nothing is promised, nothing is lost.
+                LOG.warning("the store refuses the barrier: %s", one)
+                return self.writes.link.generation, False
+            if isinstance(one, BaseException):
+                raise one
+        (_, marked), (reply, generation) = (one for one in found if isinstance(one, tuple))
+        return generation, marked == generation and confirmed(profile, replicas, reply)

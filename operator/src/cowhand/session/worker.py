@@ -328,10 +328,10 @@ class RedisWorkerLog:
 
     async def barrier(self, lease: Lease | None = None) -> None:
         """See `log.WorkerLog.barrier`."""
-        if self._store.config.profile == "dev":
+        if not self._store.has_barrier:
             return
         chosen = list(self._appenders) if lease is None else [lease.value]
-        generation = await self._store.wait()
+        generation = await self._store.wait(self._keys)
         for value in chosen:
             appender = self._appenders.get(value)
             if appender is None:
@@ -341,7 +341,7 @@ class RedisWorkerLog:
             # The appends went over an older connection, maybe to another server: are they still there?
             while appender.wseq and appender.generation != generation:
                 appender.generation = await self._touch(appender.lease, appender.wseq)
-                generation = await self._store.wait()
+                generation = await self._store.wait(self._keys)
 
     async def touch(self, lease: Lease) -> None:
         """See `log.WorkerLog.touch`."""

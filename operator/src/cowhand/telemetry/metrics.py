@@ -62,9 +62,17 @@ STORE_SCRIPT_SECONDS: Final = Histogram(
 )
 STORE_BARRIER_SECONDS: Final = Histogram(
     "cowhand_store_barrier_seconds",
-    "Time that a barrier waited for the durability of its profile, by outcome: ok, unavailable",
+    "Time that a barrier waited for the durability of its profile, by outcome: ok, unavailable, weaker"
+    " (nobody confirmed, and store.allowWeaker lets it pass)",
     ("outcome",),
     buckets=FAST,
+    registry=REGISTRY,
+)
+STORE_PROFILE: Final = Gauge(
+    "cowhand_store_profile",
+    "1 for what the store was last seen to keep (operator, broker, gateway, archive): the profile that was"
+    " demanded, the one that it comes to (dev, standard, strict, managed, none), the server and its version",
+    ("demanded", "effective", "server"),
     registry=REGISTRY,
 )
 

@@ -109,3 +109,23 @@ def test_the_profile_decides_when_the_file_is_on_the_disk(
         assert env["COWHAND_STORE_PROFILE"] == profile
         assert env["COWHAND_STORE_REPLICAS"] == replicas
         assert env["COWHAND_STORE_ALLOW_WEAKER"] == "false"
+
+
+@pytest.mark.parametrize(
+    ("url", "ports"),
+    [
+        ("rediss://db.example:6380/0", [6380]),
+        ("rediss://db.example/0", [6379]),
+        ("redis+sentinel://a:26380,b/cowhand", [26380, 26379, 7000]),
+    ],
+)
+def test_harness_pods_may_reach_an_external_store(
+    render: Render, url: str, ports: list[int]
+) -> None:
+    external = {"url": url, "serverPort": 7000}
+    found = pick(
+        render({"store": {"embedded": False, "external": external}}),
+        *("NetworkPolicy", "cowhand-harness"),
+    )
+    open_to_all = [rule["ports"] for rule in found["spec"]["egress"] if "to" not in rule]
+    assert [{"protocol": "TCP", "port": port} for port in ports] in open_to_all

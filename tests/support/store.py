@@ -157,21 +157,38 @@ class Store:
 
     def command(self, *words: str) -> bytes:
         """One command over a plain connection (no TLS, no ACL); answers the raw reply."""
-        encoded = b"".join(b"$%d\r\n%s\r\n" % (len(w.encode()), w.encode()) for w in words)
+        return self.commands(words)[0]
+
+    def commands(self, *commands: tuple[str, ...]) -> list[bytes]:
+        """Commands over one plain connection, one after the other; answers the raw replies."""
+        replies = []
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as conn:
-            conn.sendall(b"*%d\r\n%s" % (len(words), encoded))
-            reply = conn.recv(65536)
-        assert not reply.startswith(b"-"), reply
-        return reply
+            for words in commands:
+                encoded = b"".join(b"$%d\r\n%s\r\n" % (len(w.encode()), w.encode()) for w in words)
+                conn.sendall(b"*%d\r\n%s" % (len(words), encoded))
+                replies.append(conn.recv(65536))
+                assert not replies[-1].startswith(b"-"), replies[-1]
+        return replies
 
     def follow(self, primary: Store) -> None:
-        """Become a replica of another server, at once in step with it."""
-        self.command("REPLICAOF", "127.0.0.1", str(primary.port))
+        """Become a replica of another server, in step with it."""
+        self.follow_at(primary.port)
+
+    def follow_at(self, port: int) -> None:
+        """As `follow`, of whoever listens on a port of loopback."""
+        self.command("REPLICAOF", "127.0.0.1", str(port))
         for _ in range(3000):
             if b"master_link_status:up" in self.command("INFO", "replication"):
                 return
             time.sleep(0.01)
         raise AssertionError(f"no replica: {self.log_tail()}")
+
+    def wait_in_step(self) -> None:
+        """Until a replica has all that was written so far."""
+        for _ in range(300):
+            if self.commands(("SET", "in-step", "1"), ("WAIT", "1", "100"))[1] == b":1\r\n":
+                return
+        raise AssertionError("no replica in step")
 
     def promote(self) -> None:
         """Become a primary."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -45,6 +46,12 @@ def pair(start: Start) -> tuple[Server, Server]:
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(durability_module, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(durability_module, "PAUSE", 0.01)
+
+
+def patience(monkeypatch: pytest.MonkeyPatch, milliseconds: int) -> None:
+    """How long barriers wait."""
+    for name in ("WAIT_MS", "DISK_WAIT_MS"):
+        monkeypatch.setattr(store_module, name, milliseconds)
 
 
 def config(server: Server, profile: Profile, **more: object) -> StoreConfig:
@@ -119,17 +126,23 @@ async def test_a_store_that_is_away_is_let_be_and_a_replica_is_not_judged(pair, 
 
 @pytest.mark.parametrize("profile", ["standard", "strict"])
 async def test_nothing_is_acknowledged_that_the_replica_does_not_have(pair, monkeypatch, profile):
-    monkeypatch.setattr(store_module, "WAIT_MS", 100)
+    patience(monkeypatch, 100)
     primary, replica = pair
     async with connect(config(primary, profile), namespace="team-a") as store:
         log, worker = store.session_log(), store.worker_log("pod-1")
-        monkeypatch.setattr(store_module, "WAIT_MS", 4000)
-        sid = await make.start(log)
+        patience(monkeypatch, 4000)
+        sid = make.new_sid()
+        for _ in range(
+            20
+        ):  # A replica says nothing of its disk before it has written its file anew.
+            with contextlib.suppress(StoreUnavailable):
+                await make.start(log, sid=sid)
+                break
         await worker.beat()
         lease = await make.take(worker, sid)
         await worker.append(lease, [make.result()])
         await worker.barrier(lease)
-        monkeypatch.setattr(store_module, "WAIT_MS", 100)
+        patience(monkeypatch, 100)
         replica.freeze()
         with pytest.raises(StoreUnavailable, match="ask again"):
             await log.emit_event(sid, make.message("msg:1"))
@@ -142,7 +155,7 @@ async def test_nothing_is_acknowledged_that_the_replica_does_not_have(pair, monk
         with pytest.raises(StoreUnavailable, match="ask again"):
             await worker.barrier(lease)
         replica.thaw()
-        monkeypatch.setattr(store_module, "WAIT_MS", 4000)
+        patience(monkeypatch, 4000)
         await worker.barrier(lease)
         position = await log.emit_event(sid, make.message("msg:1"))
         state = await log.get_session(sid)
@@ -153,7 +166,7 @@ async def test_control_without_the_mark_a_new_connection_confirms_what_no_replic
     pair, monkeypatch
 ):
     """A WAIT on a connection that has written nothing passes at once: the barrier's mark is what counts."""
-    monkeypatch.setattr(store_module, "WAIT_MS", 100)
+    patience(monkeypatch, 100)
     primary, replica = pair
     async with connect(config(primary, "standard"), namespace="team-a") as store:
         sid = await make.start(store.session_log())
@@ -179,14 +192,16 @@ async def test_profiles_without_a_barrier_wait_for_nobody(start, profile):
 
 
 async def test_strict_alone_waits_for_its_own_disk(start):
-    async with connect(config(start(), "strict", replicas=0), namespace="team-a") as store:
+    async with connect(
+        config(start(fsync="always"), "strict", replicas=0), namespace="team-a"
+    ) as store:
         sid = await make.start(store.session_log())
         assert await store.reads.call("EXISTS", store.keys().barrier()) == 1
         assert (await store.session_log().get_session(sid)).next_seq == 3
 
 
 async def test_a_weaker_store_that_is_allowed_serves_on(start, monkeypatch):
-    monkeypatch.setattr(store_module, "WAIT_MS", 100)
+    patience(monkeypatch, 100)
     for profile, server in (("standard", start()), ("strict", start(aof=False))):
         async with connect(config(server, profile), namespace="team-a") as store:
             with pytest.raises(StoreUnavailable, match="ask again"):

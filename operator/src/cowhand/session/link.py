@@ -22,6 +22,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from cowhand.errors import CowhandError, Denied, StoreUnavailable, Terminal, UserError
+from cowhand.session import sentinel
 from cowhand.session.log import StoreConfig
 from cowhand.session.scripts import Script
 from cowhand.telemetry.metrics import STORE_SCRIPT_SECONDS, STORE_SCRIPTS
@@ -48,7 +49,16 @@ NOT_LOADED: Final = (
 BATCH_COMMANDS: Final = 128
 BATCH_BYTES: Final = 1024 * 1024
 
-_PASSING: Final = ("LOADING", "READONLY", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN", "BUSY ", "MOVED")
+_PASSING: Final = (
+    "LOADING",
+    "READONLY",
+    "MASTERDOWN",
+    "TRYAGAIN",
+    "CLUSTERDOWN",
+    "BUSY ",
+    "MOVED",
+    "UNBLOCKED",
+)
 _NO_PERMISSION: Final = ("NOPERM", "ACL failure", "The user executing the script can't")
 _OUTCOMES: Final = {
     code.upper().encode(): code
@@ -57,10 +67,19 @@ _OUTCOMES: Final = {
 _REFUSING: Final = ("OOM", "MISCONF", "NOREPLICAS")
 
 
-def connection_factory(config: StoreConfig) -> Callable[[], AbstractConnection]:
-    """A function that makes unconnected connections; UserError if the URL is not usable."""
+Connect = Callable[[], Awaitable[AbstractConnection]]
+"""Opens a connection to the server that takes writes now."""
+
+
+def connection_factory(config: StoreConfig) -> Connect:
+    """A function that opens connections; UserError if the URL is not usable."""
+    sentinels = sentinel.parse(config.url)
+    url = config.url
+    if sentinels is not None:
+        host, port = sentinels.hosts[0]
+        url = f"{'rediss' if sentinels.tls else 'redis'}://{host}:{port}"
     try:
-        options: dict[str, Any] = dict(parse_url(config.url))
+        options: dict[str, Any] = dict(parse_url(url))
     except ValueError as err:
         raise UserError(f"store URL {config.url!r} is not valid: {err}", field="url") from err
     kind = options.pop("connection_class", Connection)
@@ -72,13 +91,35 @@ def connection_factory(config: StoreConfig) -> Callable[[], AbstractConnection]:
         "socket_keepalive": True,
         "driver_info": None,
     }
-    if config.username:
-        options["username"] = config.username
-    if config.password:
-        options["password"] = config.password
     if kind is SSLConnection and config.ca_file:
         options["ssl_ca_certs"] = config.ca_file
-    return lambda: kind(**options)
+    login: dict[str, Any] = {}
+    if config.username:
+        login["username"] = config.username
+    if config.password:
+        login["password"] = config.password
+
+    async def plain() -> AbstractConnection:
+        connection: AbstractConnection = kind(**options | login)
+        await connection.connect()  # type: ignore[no-untyped-call]
+        return connection
+
+    if sentinels is None:
+        return plain
+    watchers = sentinel.Sentinels(sentinels, lambda more: kind(**options | more))
+
+    async def elected() -> AbstractConnection:
+        host, port = await watchers.primary()
+        connection: AbstractConnection = kind(**options | login | {"host": host, "port": port})
+        try:
+            await connection.connect()  # type: ignore[no-untyped-call]
+            await sentinel.demand_primary(connection)
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        return connection
+
+    return elected
 
 
 def translate(err: BaseException) -> Exception:
@@ -120,21 +161,22 @@ class Link:
         generation: how often it was opened; a WAIT says something only about its own connection.
     """
 
-    def __init__(
-        self, make: Callable[[], AbstractConnection], greet: Callable[[Link], Awaitable[None]]
-    ) -> None:
+    def __init__(self, connect: Connect, greet: Callable[[Link], Awaitable[None]]) -> None:
         """`greet` runs on each new connection, before anything else."""
-        self._make = make
+        self._connect = connect
         self._greet = greet
         self._connection: AbstractConnection | None = None
         self.generation = 0
+
+    def __str__(self) -> str:
+        """Where it leads, for people."""
+        return "closed" if self._connection is None else str(self._connection)
 
     async def open(self) -> AbstractConnection:
         """The connection, connected and greeted."""
         if self._connection is not None and self._connection.is_connected:
             return self._connection
-        connection = self._make()
-        await connection.connect()  # type: ignore[no-untyped-call]
+        connection = await self._connect()
         self._connection = connection
         self.generation += 1
         try:

@@ -566,7 +566,8 @@ class StoreConfig:
     """How to reach the store.
 
     Attributes:
-        url: `redis://` or `rediss://host:port/db`.
+        url: `redis://` or `rediss://host:port/db`; `redis+sentinel://host:port,host:port/name` (also `rediss+...`)
+            asks Sentinels for the primary.
         username: ACL user, empty for none.
         password: its password.
         ca_file: PEM file with the CA of the store's certificate, empty for the system's.

@@ -46,7 +46,10 @@ from cowhand.telemetry.metrics import STORE_BARRIER_SECONDS
 LOG = logging.getLogger(__name__)
 
 WAIT_MS = 1000
-"""How long a barrier waits for a replica or a disk before it is asked again."""
+"""How long a barrier waits for replicas before it is asked again."""
+
+DISK_WAIT_MS = 3000
+"""The same where it waits for disks: with `appendfsync everysec` they take up to two seconds."""
 
 WEAK_WAIT_MS: Final = 20
 """The same while `allow_weaker` lets barriers pass that nobody confirms."""
@@ -302,7 +305,8 @@ class Store:
     async def _barrier(self, keys: Keys) -> tuple[int, bool]:
         """The generation of the connection, and whether enough have confirmed."""
         profile, replicas = self.config.profile, self.config.replicas
-        command = barrier(profile, replicas, WEAK_WAIT_MS if self._weak else WAIT_MS)
+        patience = DISK_WAIT_MS if profile == "strict" else WAIT_MS
+        command = barrier(profile, replicas, WEAK_WAIT_MS if self._weak else patience)
         assert command is not None, "no barrier in this profile"
         mark = ("SET", keys.barrier(), "1", "PX", MARK_MS)
         # Both are queued before either is sent, so they go over one connection in this order, or the

@@ -164,6 +164,8 @@ class RedisWorkerLog:
                 if not isinstance(error, StoreUnavailable):
                     raise error from err
                 LOG.info("ready stream not readable, trying again: %s", error)
+                # It may be a replica by now, which answers, but never with work.
+                await link.close()
                 generation = -1
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 1.0)

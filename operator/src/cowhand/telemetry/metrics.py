@@ -234,7 +234,7 @@ def count_request(resource: str | None, status: int) -> None:
 CATALOGUE: Final[tuple[tuple[str, tuple[MetricWrapperBase, ...]], ...]] = (
     (
         "Every process that uses the store",
-        (STORE_SCRIPTS, STORE_SCRIPT_SECONDS, STORE_BARRIER_SECONDS),
+        (STORE_SCRIPTS, STORE_SCRIPT_SECONDS, STORE_BARRIER_SECONDS, STORE_PROFILE),
     ),
     (
         "Harness",

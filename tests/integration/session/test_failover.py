@@ -1,0 +1,29 @@
+"""A failover with a cut replication link: what was acknowledged is there, or, without barriers, is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from support import failover
+from support.store import installed
+
+SERVERS = sorted(installed()) or [""]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("profile", ["standard", "strict"])
+async def test_a_failover_loses_nothing_that_a_barrier_has_confirmed(profile, server):
+    async with failover.rig(profile, installed().get(server), writers=4) as rig:
+        found = await rig.fail_over(cut=True, appends=5)
+    assert found.missing == 0
+    assert found.acked > 4 * 5
+    assert found.rejoined
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_control_without_barriers_it_loses_and_the_log_goes_on_from_what_is_there(server):
+    async with failover.rig("dev", installed().get(server), writers=4) as rig:
+        found = await rig.fail_over(cut=True, appends=5)
+    assert found.missing >= 4 * 5, "each writer was told that five events are safe, which were not"
+    assert found.healed == found.sessions == 2, "a worker whose appends are gone is told so"
+    assert found.rejoined

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import pathlib
 import sys
+from collections.abc import AsyncIterator
 from typing import get_args
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -60,9 +61,9 @@ def line(server: str, profile: str, cut: bool, found: list[Outcome]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-async def measure(count: int) -> list[str]:
-    """All rows."""
-    rows = []
+async def measure(count: int) -> AsyncIterator[list[str]]:
+    """The rows so far, each time with one more: a run that is stopped leaves what it has counted."""
+    rows: list[str] = []
     for name, binary in installed().items():
         server = f"{name.split('-')[0].title()} {'.'.join(map(str, version(binary)))}"
         for profile in get_args(Profile):
@@ -72,7 +73,7 @@ async def measure(count: int) -> list[str]:
                 row = line(server, profile, cut, await runs(profile, binary, count, cut=cut))
                 print(row, flush=True)
                 rows.append(row)
-    return rows
+                yield rows
 
 
 def main() -> int:

@@ -82,12 +82,16 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--dry", action="store_true", help="write nothing")
     args = parser.parse_args()
-    rows = asyncio.run(measure(args.runs))
-    if not args.dry:
-        PAGE.write_text(
-            HEAD + "\n".join(rows) + f"\n\nCommit {commit()}; all servers on one host.\n"
-        )
+    asyncio.run(write(args.runs, dry=args.dry))
     return 0
+
+
+async def write(count: int, *, dry: bool) -> None:
+    """Measure, and write the page unless `dry`."""
+    async for rows in measure(count):
+        if not dry:
+            end = f"\n\nCommit {commit()}; all servers on one host.\n"
+            PAGE.write_text(HEAD + "\n".join(rows) + end)
 
 
 if __name__ == "__main__":

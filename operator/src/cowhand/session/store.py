@@ -101,6 +101,8 @@ class Store:
         self._tasks: list[asyncio.Task[None]] = []
         self.durability = Durability(self)
         self._weak = False
+        self._barrier_turn = asyncio.Lock()
+        self._barrier_next: asyncio.Task[tuple[int, bool]] | None = None
 
     async def __aenter__(self) -> Store:
         return self
@@ -287,7 +289,7 @@ class Store:
         """
         began, outcome = time.monotonic(), "unavailable"
         try:
-            generation, done = await self._barrier(keys)
+            generation, done = await self._shared_barrier(keys)
             if not done and not self.config.allow_weaker:
                 raise StoreUnavailable(
                     f"the append is not confirmed as profile {self.config.profile} demands"
@@ -301,6 +303,19 @@ class Store:
         finally:
             STORE_BARRIER_SECONDS.labels(outcome).observe(time.monotonic() - began)
         return generation
+
+    async def _shared_barrier(self, keys: Keys) -> tuple[int, bool]:
+        """One barrier for all who ask before its mark is written: a second mark would wait for the replicas again."""
+        if self._barrier_next is None or self._barrier_next.done():
+            task = asyncio.get_running_loop().create_task(self._take_turn(keys))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._barrier_next = task
+        return await asyncio.shield(self._barrier_next)
+
+    async def _take_turn(self, keys: Keys) -> tuple[int, bool]:
+        async with self._barrier_turn:
+            self._barrier_next = None  # Whoever asks from now on may have written behind this mark.
+            return await self._barrier(keys)
 
     async def _barrier(self, keys: Keys) -> tuple[int, bool]:
         """The generation of the connection, and whether enough have confirmed."""

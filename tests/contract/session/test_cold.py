@@ -206,7 +206,7 @@ async def test_what_the_archive_cannot_give_is_an_error_and_never_a_hole(
     assert await rig.log.get_events(sid, 11) == original[10:]
     rig.archive.down = False
     async with connect(StoreConfig(store_url), namespace=NS) as store:
-        with pytest.raises(BlobMissing, match="COWHAND_ARCHIVE_URL"):
+        with pytest.raises(ArchiveUnavailable, match="COWHAND_ARCHIVE_URL"):
             await store.session_log().get_events(sid)
     rig.archive.files.clear()
     with pytest.raises(BlobMissing, match="position 1"):

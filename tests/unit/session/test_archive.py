@@ -190,7 +190,7 @@ async def test_a_blob_that_is_gone_damaged_or_foreign_is_an_error_that_names_it(
     del store.blobs["ns", SID][digest]
     with pytest.raises(BlobMissing, match=digest):
         await read_back(Payloads(store), stored)
-    with pytest.raises(BlobMissing, match="COWHAND_ARCHIVE_URL"):
+    with pytest.raises(ArchiveUnavailable, match="COWHAND_ARCHIVE_URL"):
         await read_back(Payloads(None), stored)
 
 

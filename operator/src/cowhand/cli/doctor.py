@@ -209,6 +209,7 @@ def _store_and_broker(seen: Snapshot) -> Iterator[Line]:
             yield Line("ok", f"{name} answers", "as the gateway sees it")
         else:
             yield Line("fail", f"{name} answers", f"{said}: look at {advice}")
+    yield from _archive(seen)
     yield from _durability(seen.health.get("store_profile"))
 
 
@@ -226,6 +227,18 @@ def _durability(found: Any) -> Iterator[Line]:
     else:
         verdict: Verdict = "warn" if faults or notes else "ok"
         yield Line(verdict, what, "; ".join([text, *map(str, (*faults, *notes))]))
+
+
+def _archive(seen: Snapshot) -> Iterator[Line]:
+    """What the gateway says of the archive; a gateway of an older release says nothing."""
+    what, said = "archive answers", str(seen.health.get("archive", ""))
+    if said == "ok":
+        yield Line("ok", what, "as the gateway sees it")
+    elif said == "none":
+        yield Line("ok", "archive", "none (archive.enabled is false): an event may have 1 MiB")
+    elif said:
+        advice = "look at the pod cowhand-archive-0, its volume and its NetworkPolicy"
+        yield Line("fail", what, f"{said}: {advice}")
 
 
 def _secret(seen: Snapshot) -> Line:

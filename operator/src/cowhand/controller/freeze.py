@@ -58,12 +58,16 @@ class FreezeDefaults:
         sandbox_image: of environments that name none.
         model_base_url: of agents that name none.
         model_secret: Secret of the model key, of agents that name none.
+        event_limit: most bytes of one event.
+        inline_limit: most bytes of an event that stands in the store itself.
     """
 
     environment: EnvironmentSpec
     sandbox_image: str
     model_base_url: str
     model_secret: str
+    event_limit: int = events.INLINE_LIMIT
+    inline_limit: int = events.INLINE_LIMIT
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def freeze(
     first += [user_message(session, one.id, one.content) for one in spec.messages or ()]
     if spec.operating_mode == "Suspended":
         first.append(mode_event(session, suspended=True))
-    _check_sizes(first)
+    _check_sizes(first, defaults)
     secret = agent.spec.model.secret_ref
     model = {
         "base_url": agent.spec.model.base_url or defaults.model_base_url,
@@ -199,19 +203,20 @@ def freeze(
     )
 
 
-def _check_sizes(first: Sequence[NewEvent]) -> None:
-    """Raise TooLarge unless each event fits the log, and all of them one script."""
+def _check_sizes(first: Sequence[NewEvent], defaults: FreezeDefaults) -> None:
+    """Raise TooLarge unless each event fits the log, and all that stand in the store fit one script."""
     sizes = [len(event.payload()) for event in first]
     for event, size in zip(first, sizes, strict=True):
-        if size > events.INLINE_LIMIT:
+        if size > defaults.event_limit:
             raise TooLarge(
-                f"{event.type} ({event.id}) has {size} bytes, at most {events.INLINE_LIMIT} fit: "
+                f"{event.type} ({event.id}) has {size} bytes, at most {defaults.event_limit} fit: "
                 "shorten the system prompt or the message, or put text into a ConfigMap under "
                 "spec.resources"
             )
-    if sum(sizes) > events.CREATE_LIMIT:
+    inline = sum(size for size in sizes if size <= defaults.inline_limit)
+    if inline > events.CREATE_LIMIT:
         raise TooLarge(
-            f"agent, environment and messages have {sum(sizes)} bytes together, a session may begin "
+            f"agent, environment and messages have {inline} bytes together, a session may begin "
             f"with {events.CREATE_LIMIT}: begin with fewer messages and add the others to "
             "spec.messages later, or put text into a ConfigMap under spec.resources"
         )

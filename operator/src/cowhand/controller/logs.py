@@ -11,7 +11,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
-from cowhand.errors import Denied, QuotaExceeded, StoreMismatch, StoreUnavailable
+from cowhand.errors import (
+    ArchiveUnavailable,
+    Denied,
+    QuotaExceeded,
+    StoreMismatch,
+    StoreUnavailable,
+)
 from cowhand.session.log import ControlLog, SessionLog
 
 T = TypeVar("T")
@@ -49,6 +55,7 @@ class Logs:
         Raises:
             StoreUnavailable: it failed, took too long, or another call failed a moment ago.
             QuotaExceeded: this tenant has no room left.
+            ArchiveUnavailable: this call needs the archive, which does not answer.
         """
         now = asyncio.get_running_loop().time()
         if self._down is not None and now < self._down[0]:
@@ -60,8 +67,8 @@ class Logs:
             text = f"The store of the log did not answer within {self._limit_s:g} s"
             self._trip(text)
             raise StoreUnavailable(text) from err
-        except QuotaExceeded:
-            raise  # one tenant's; the store itself answers
+        except (QuotaExceeded, ArchiveUnavailable):
+            raise  # this tenant's or this session's trouble; the store itself answers
         except StoreUnavailable as err:
             self._trip(str(err))
             raise

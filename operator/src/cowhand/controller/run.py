@@ -18,6 +18,7 @@ import kopf
 
 from cowhand.api.v1alpha1 import EnvironmentSpec
 from cowhand.controller import handlers
+from cowhand.controller.archive import CarefulArchive
 from cowhand.controller.freeze import FreezeDefaults
 from cowhand.controller.identity import IdentityInConfigMap
 from cowhand.controller.leader import Elector, LeaderKube
@@ -34,6 +35,7 @@ from cowhand.kube.client import Kube, connect
 from cowhand.reconcile.scaling import ScaleSettings
 from cowhand.session import connect as connect_store
 from cowhand.session.log import StoreConfig
+from cowhand.session.remote import HttpArchive
 from cowhand.settings import OperatorSettings
 from cowhand.telemetry import metrics
 
@@ -45,8 +47,16 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def build(settings: OperatorSettings, kube: Kube, logs: Logs) -> tuple[Operator, Scaler]:
+def build(
+    settings: OperatorSettings, kube: Kube, logs: Logs, limits: tuple[int, int]
+) -> tuple[Operator, Scaler]:
     """All parts of the operator, connected.
+
+    Args:
+        settings: from the environment.
+        kube: the Kubernetes API.
+        logs: the store.
+        limits: most bytes of an event, and of one that stands in the store itself.
 
     Raises:
         UserError: the default environment of the chart is not valid.
@@ -69,6 +79,8 @@ def build(settings: OperatorSettings, kube: Kube, logs: Logs) -> tuple[Operator,
             sandbox_image=settings.sandbox_image,
             model_base_url=settings.model_base_url,
             model_secret=settings.model_secret,
+            event_limit=limits[0],
+            inline_limit=limits[1],
         ),
         retain_s=settings.retain_s,
         orphans=orphans,
@@ -112,9 +124,16 @@ async def run(settings: OperatorSettings, *, ready_file: Path = READY_FILE) -> N
 
 
 async def _run(settings: OperatorSettings, ready_file: Path) -> None:
+    access = settings.archive
+    archive = (
+        HttpArchive(access.url, ca_file=access.ca_file, token_file=access.token_file)
+        if access.url
+        else None
+    )
     kube = await connect()
     store = connect_store(
         StoreConfig(**asdict(settings.store)),
+        archive=CarefulArchive(archive) if archive is not None else None,
         keeper=IdentityInConfigMap(kube, settings.namespace),
     )
     store.keep_scripts()
@@ -129,7 +148,8 @@ async def _run(settings: OperatorSettings, ready_file: Path) -> None:
         await elector.acquire()
         metrics.LEADING.set(1)
         logs = Logs(store.control_log(), lambda namespace: store.session_log(namespace))
-        operator, scaler = build(settings, LeaderKube(kube, elector.leading), logs)
+        limits = (store.payloads.event_limit, store.payloads.inline_limit)
+        operator, scaler = build(settings, LeaderKube(kube, elector.leading), logs, limits)
         quotas = QuotaController(store.control_log(), settings.tenants, settings.tenant_quota)
         await _until_first(
             elector.hold(),
@@ -142,6 +162,8 @@ async def _run(settings: OperatorSettings, ready_file: Path) -> None:
         _show_ready(ready_file, False)
         await elector.release()
         await store.aclose()
+        if archive is not None:
+            await archive.close()
         await kube.close()
 
 

@@ -20,7 +20,7 @@ from aiohttp import web
 
 from cowhand import __version__
 from cowhand.errors import CowhandError, LogIncompatible, SessionNotFound
-from cowhand.gateway import answers, incoming, messages, paging, previews
+from cowhand.gateway import answers, health, incoming, messages, paging, previews
 from cowhand.gateway import exec as sandbox_exec
 from cowhand.gateway import log as rawlog
 from cowhand.gateway.auth import Authority, Caller, Clock, Expiring, Right
@@ -33,16 +33,15 @@ from cowhand.gateway.window import chunks, context_at
 from cowhand.session import events as ev
 from cowhand.session.log import SessionLog, SessionState, from_end
 from cowhand.session.preview import Preview, Previews
+from cowhand.session.remote import HttpArchive
 from cowhand.telemetry.metrics import count_request
 
 MAX_BODY: Final = 4 * 1024 * 1024
 """Bytes of a request body: one event of the largest size, however its JSON escapes it, or several."""
 UNSEEN_TTL_S: Final = 60.0
 HEALTH_TTL_S: Final = 5.0
-HEALTH_TIMEOUT_S: Final = 2.0
 # Also keeps keys of the store apart: nothing else of a path becomes part of a key.
 SESSION_ID: Final = re.compile(r"sesn_[0-9a-f]{32}")
-NO_SESSION: Final = "sesn_" + "0" * 32
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +55,8 @@ class Gateway:
         logs: session logs by namespace (tenant).
         executor: runs commands in sandboxes.
         broker: for `/healthz`.
+        archive: for `/healthz`, None where there is none.
+        event_limit: bytes of one event.
         clock: monotonic seconds.
         stopping: set when the process goes down; ends the streams.
         ids: ids of recent requests.
@@ -70,6 +71,8 @@ class Gateway:
     logs: Mapping[str, SessionLog]
     executor: sandbox_exec.Executor
     broker: Broker
+    archive: HttpArchive | None = None
+    event_limit: int = ev.INLINE_LIMIT
     clock: Clock = time.monotonic
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     ids: messages.Ids = field(default_factory=messages.Ids)
@@ -262,36 +265,20 @@ _SUBRESOURCE: Final = {
 
 
 async def healthz(request: web.Request) -> web.Response:
-    """200 while the process serves; says whether store and broker answer (`cowhand doctor`)."""
+    """200 while the process serves; says whether store, broker and archive answer (`cowhand doctor`)."""
     gateway = request.app[GATEWAY]
     found = gateway.health.get("health")
     if found is None:
-        store, broker = await asyncio.gather(_store_health(gateway), _broker_health(gateway))
-        found = dict[str, Any](status="ok", version=__version__, store=store, broker=broker)
+        found = dict[str, Any](
+            status="ok",
+            version=__version__,
+            **await health.examine(gateway.logs, gateway.broker, gateway.archive),
+        )
         verdict = gateway.durability()
         if verdict is not None:
             found["store_profile"] = verdict
         gateway.health.put("health", found, HEALTH_TTL_S)
     return _json(found)
-
-
-async def _store_health(gateway: Gateway) -> str:
-    for log in gateway.logs.values():
-        try:
-            await asyncio.wait_for(log.get_session(NO_SESSION), HEALTH_TIMEOUT_S)
-        except SessionNotFound:
-            return "ok"
-        except (CowhandError, TimeoutError) as err:
-            return str(err) or "no answer"
-    return "ok"
-
-
-async def _broker_health(gateway: Gateway) -> str:
-    try:
-        healthy = await asyncio.wait_for(gateway.broker.healthy(), HEALTH_TIMEOUT_S)
-    except TimeoutError:
-        healthy = False
-    return "ok" if healthy else "no answer"
 
 
 async def get_session(request: web.Request) -> web.Response:
@@ -326,7 +313,7 @@ async def send_events(request: web.Request) -> web.Response:
     ids = gateway.ids.of(
         target.caller, session_id, body, len(sent), int(retry) if retry.isdecimal() else 0
     )
-    events = messages.compose(sent, target.caller, ids)
+    events = messages.compose(sent, target.caller, ids, gateway.event_limit)
     echoes, first = await messages.write(target.log, session_id, events)
     if not gateway.streams.get(session_id):
         gateway.unseen.put(session_id, first, UNSEEN_TTL_S)

@@ -26,8 +26,8 @@ from cowhand.session.log import SessionLog
 RETRY_TTL_S: Final = 900.0
 """How long a repetition gets the ids of its first attempt: longer than a client's 600 s time-out."""
 
-RESULT_LIMIT: Final = INLINE_LIMIT - 1024
-"""Bytes of a custom tool's result: its content goes into the log a second time, as `tool.result`."""
+RESULT_ROOM: Final = 1024
+"""Bytes by which a custom tool's result must be smaller: its content goes into the log again, as `tool.result`."""
 
 
 def uuid7() -> str:
@@ -59,14 +59,20 @@ class Ids:
         return ids
 
 
-def compose(incoming: Sequence[Incoming], caller: Caller, ids: Sequence[str]) -> list[NewEvent]:
-    """The events to write: with actor and id. Raises TooLarge."""
+def compose(
+    incoming: Sequence[Incoming],
+    caller: Caller,
+    ids: Sequence[str],
+    event_limit: int = INLINE_LIMIT,
+) -> list[NewEvent]:
+    """The events to write: with actor and id; `event_limit` is what the log takes, in bytes. Raises TooLarge."""
     events = []
     for item, made in zip(incoming, ids, strict=True):
         # One call has one answer: the id makes the log refuse a second one.
         key = item.answer_id if item.call else item.id or made
         event = NewEvent(item.type, {**item.data, "actor": caller.actor()}, id=key)
-        limit = RESULT_LIMIT if item.type == ev.USER_CUSTOM_TOOL_RESULT else INLINE_LIMIT
+        room = RESULT_ROOM if item.type == ev.USER_CUSTOM_TOOL_RESULT else 0
+        limit = event_limit - room
         if (size := len(event.payload())) > limit:
             raise TooLarge(
                 f"{item.path}: {size} bytes; an event may have {limit}. Put large text into "

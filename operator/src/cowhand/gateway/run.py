@@ -18,6 +18,7 @@ from cowhand.gateway.exec import Executor, PinnedHands
 from cowhand.kube import client
 from cowhand.session import connect
 from cowhand.session.log import StoreConfig
+from cowhand.session.remote import HttpArchive
 from cowhand.settings import GatewaySettings
 from cowhand.telemetry import metrics
 from cowhand.wire.tls import ServerCertificate
@@ -47,7 +48,11 @@ async def run(settings: GatewaySettings) -> None:
         kube = await client.connect()
         stack.push_async_callback(kube.close)
         config = StoreConfig(**asdict(settings.store))
-        store = await stack.enter_async_context(connect(config))
+        access, archive = settings.archive, None
+        if access.url:
+            archive = HttpArchive(access.url, ca_file=access.ca_file, token_file=access.token_file)
+            stack.push_async_callback(archive.close)
+        store = await stack.enter_async_context(connect(config, archive=archive))
         store.keep_scripts()
         await store.require_durability()
         logs = {namespace: store.session_log(namespace) for namespace in settings.tenants}
@@ -59,7 +64,8 @@ async def run(settings: GatewaySettings) -> None:
         executor = Executor(kube, store.control_log(), logs, broker, hands)
         await serve(
             Gateway(
-                *(Authority(kube), logs, executor, broker),
+                *(Authority(kube), logs, executor, broker, archive),
+                event_limit=store.payloads.event_limit,
                 previews=shown,
                 durability=store.durability.as_dict,
             ),

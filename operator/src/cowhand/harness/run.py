@@ -23,6 +23,7 @@ from cowhand.harness.model import AnthropicModel, Model
 from cowhand.harness.previews import Previewer
 from cowhand.harness.worker import Worker, WorkerSettings
 from cowhand.session.log import StoreConfig
+from cowhand.session.remote import HttpArchive
 from cowhand.settings import HarnessSettings, StoreSettings
 from cowhand.telemetry import metrics
 
@@ -79,7 +80,10 @@ async def _run(settings: HarnessSettings, ready: Path) -> None:
     model = AnthropicModel(settings.proxy_url)
     transport, credentials = PinnedTransport(), ProxyCredentials(settings.proxy_url)
     limits = SandboxSettings(wait_s=settings.hand_wait_s, max_output=settings.max_tool_output)
-    store = session.connect(store_config(settings.store), namespace=settings.namespace)
+    archive = HttpArchive(f"{settings.proxy_url.rstrip('/')}/cowhand") if settings.archive else None
+    store = session.connect(
+        store_config(settings.store), namespace=settings.namespace, archive=archive
+    )
     previewer = Previewer(store.previews())
     try:
         worker = Worker(
@@ -110,6 +114,8 @@ async def _run(settings: HarnessSettings, ready: Path) -> None:
         await transport.close()
         await credentials.close()
         await store.aclose()
+        if archive is not None:
+            await archive.close()
 
 
 def _remove(path: Path) -> None:

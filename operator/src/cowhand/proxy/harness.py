@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from cowhand.errors import BrokerUnavailable, UserError
+from cowhand.proxy import archive as archives
+from cowhand.proxy.archive import ArchiveRelay
 from cowhand.proxy.brokerclient import BrokerClient, BrokerRefusal
 from cowhand.proxy.client import Origin, Pool, UpstreamError, client_tls
 from cowhand.proxy.credentials import Credential, CredentialCache
@@ -108,12 +110,19 @@ class HarnessProxy:
         broker: where credentials and hand tokens come from.
         limits: timeouts and sizes of the upstream side.
         ca_file: CA of the model's endpoint, empty for the system's (tests have their own).
+        archive: where large payloads and old events are, None for nowhere; closed with the proxy.
     """
 
     def __init__(
-        self, broker: BrokerClient, *, limits: Limits | None = None, ca_file: str = ""
+        self,
+        broker: BrokerClient,
+        *,
+        limits: Limits | None = None,
+        ca_file: str = "",
+        archive: ArchiveRelay | None = None,
     ) -> None:
         self._broker = broker
+        self._archive = archive
         self._limits = limits or Limits(answer_idle_s=ANSWER_IDLE_S)
         self._ca_file = ca_file
         self._tls: ssl.SSLContext | None = None
@@ -122,6 +131,9 @@ class HarnessProxy:
 
     async def app(self, exchange: Exchange) -> None:
         """Answer one request."""
+        if self._archive is not None and exchange.target.startswith(archives.PREFIX):
+            await self._archive(exchange)
+            return
         routes = {
             "/cowhand/hand-token": ("POST", self._hand_token),
             "/cowhand/keys": ("GET", self._keys),
@@ -146,6 +158,8 @@ class HarnessProxy:
         """Close the kept connections."""
         for pool in self._pools.values():
             pool.close()
+        if self._archive is not None:
+            self._archive.close()
         self._broker.close()
 
     async def _fetch(self, session_id: str, lease: str, rejected: str) -> Mapping[str, Any]:

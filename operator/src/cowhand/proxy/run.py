@@ -55,9 +55,16 @@ async def _serve_harness(
     settings: ProxySettings, broker: BrokerClient, stop: asyncio.Event
 ) -> None:
     from cowhand.proxy import harness
+    from cowhand.proxy.archive import ArchiveRelay
 
     _harden()
-    proxy = harness.HarnessProxy(broker)
+    access = settings.archive
+    archive = (
+        ArchiveRelay(access.url, access.ca_file, access.token_file, settings.namespace)
+        if access.url
+        else None
+    )
+    proxy = harness.HarnessProxy(broker, archive=archive)
     limits = Limits(connections=HARNESS_CONNECTIONS)
     server = Server(proxy.app, harness.render, limits=limits)
     await _listen(server, settings)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
-from cowhand.errors import BlobMissing, LogIncompatible, UserError
+from cowhand.errors import ArchiveUnavailable, LogIncompatible, UserError
 from cowhand.session.events import (
     EVENT_LIMIT,
     INLINE_LIMIT,
@@ -52,7 +52,8 @@ class Span:
 class Archive(Protocol):
     """Blobs and archived segments of sessions, as the roles of the log need them.
 
-    Every method raises ArchiveUnavailable (no answer; it may be repeated) and Denied, besides what stands with it.
+    Every method raises ArchiveUnavailable (no answer, or we are refused; it may be repeated), besides what stands
+    with it.
     """
 
     async def put_blob(self, namespace: str, session_id: str, payload: bytes) -> str:
@@ -181,7 +182,7 @@ class Payloads:
 
         Raises:
             BlobMissing, LogIncompatible: a blob is gone, damaged, or of a newer release.
-            ArchiveUnavailable.
+            ArchiveUnavailable: no answer, or this process has no archive.
         """
         found = [(event, reference_of(event.payload)) for event in events]
         if all(ref is None for _, ref in found):
@@ -204,9 +205,12 @@ class Payloads:
             self._kept.move_to_end(key)
             return kept
         if self.archive is None:
-            raise BlobMissing(
+            # The blob is there: a process that knows of the archive (while one is being installed, the next
+            # pod) reads it, so this is nothing to end a session for.
+            raise ArchiveUnavailable(
                 f"an event of {session_id} is kept as the blob {digest}, and this process has no archive:"
-                " set COWHAND_ARCHIVE_URL (chart value archive.enabled)"
+                " set COWHAND_ARCHIVE_URL (chart value archive.enabled)",
+                after=5.0,
             )
         payload = checked(await self.archive.get_blob(namespace, session_id, digest), digest, size)
         self._keep(key, payload)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
-from cowhand.errors import BlobMissing
+from cowhand.errors import ArchiveUnavailable, BlobMissing
 from cowhand.session.archive import decode
 from cowhand.session.blobs import Archive, Span
 from cowhand.session.events import Event
@@ -68,9 +68,10 @@ class ColdLog:
 
     async def _listed(self, key: Key, *, fresh: bool) -> list[Span]:
         if self._archive is None:
-            raise BlobMissing(
+            raise ArchiveUnavailable(
                 f"the older part of the log of {key[1]} is in the archive, and this process has none:"
-                " set COWHAND_ARCHIVE_URL (chart value archive.enabled)"
+                " set COWHAND_ARCHIVE_URL (chart value archive.enabled)",
+                after=5.0,
             )
         if fresh or key not in self._spans:
             self._spans[key] = await self._archive.segments(*key)

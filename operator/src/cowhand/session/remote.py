@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import aiohttp
 
-from cowhand.errors import ArchiveUnavailable, BlobMissing, Denied, LogIncompatible, UserError
+from cowhand.errors import ArchiveUnavailable, BlobMissing, LogIncompatible, UserError
 from cowhand.session.blobs import Archive, Span, sha256
 
 TIMEOUT_S: Final = 30.0
@@ -48,6 +48,12 @@ class HttpArchive(Archive):
         """Close the connections."""
         if self._session is not None:
             await self._session.close()
+
+    async def check(self) -> None:
+        """Raise ArchiveUnavailable unless the archive answers; it does not look at our token."""
+        status, answer = await self._call("GET", "/healthz")
+        if status != 200:
+            raise _refused(status, answer)
 
     async def put_blob(self, namespace: str, session_id: str, payload: bytes) -> str:
         """See `Archive.put_blob`."""
@@ -150,7 +156,9 @@ def _refused(status: int, answer: bytes) -> Exception:
     except (ValueError, KeyError, TypeError):
         message = f"HTTP {status}"
     if status in (401, 403):
-        return Denied(f"the archive refuses us: {message}")
+        # Not Denied: the caller did nothing wrong, and what is missing (a tenant that the archive does not know
+        # yet, a token) may be there soon. Nobody gives up a session for it.
+        return ArchiveUnavailable(f"the archive refuses us: {message}", after=5.0)
     if status == 409:
         return LogIncompatible(f"the archive refuses: {message}")
     if status in (400, 411, 413):

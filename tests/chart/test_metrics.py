@@ -6,7 +6,7 @@ import pytest
 
 from chart.conftest import Refused, Render, containers, pick, pods
 
-PROCESSES = ("operator", "broker", "gateway", "harness")
+PROCESSES = ("operator", "broker", "gateway", "harness", "archive")
 
 
 def test_each_process_has_the_port_and_no_proxy_has(render: Render) -> None:

@@ -15,6 +15,7 @@ TOKENS = {
     "Deployment/cowhand-operator",
     "Deployment/cowhand-broker",
     "Deployment/cowhand-gateway",
+    "StatefulSet/cowhand-archive",
     "Job/cowhand-bootstrap",
     "Job/cowhand-teardown",
 }
@@ -119,7 +120,8 @@ def test_the_proxy_container_holds_the_token_and_no_store_login(render: Render) 
     assert not [v for v in mounted.values() if "secret" in v]
     tokens = [v["projected"]["sources"] for v in mounted.values() if "projected" in v]
     assert [[s["serviceAccountToken"]["audience"] for s in t] for t in tokens] == [
-        ["cowhand-broker"]
+        ["cowhand-broker"],
+        ["cowhand-archive"],
     ]
     assert not [e for e in proxy["env"] if "STORE" in e["name"]]
     shared = {m["name"] for m in proxy["volumeMounts"]} & {
@@ -134,6 +136,7 @@ def test_no_pod_mounts_the_ca_key_or_a_secret_of_another_component(render: Rende
         "Deployment/cowhand-broker": {"cowhand-store-broker", "cowhand-tls-broker"},
         "Deployment/cowhand-gateway": {"cowhand-store-gateway", "cowhand-tls-gateway"},
         "Deployment/cowhand-harness": {"cowhand-store"},
+        "StatefulSet/cowhand-archive": {"cowhand-store-archive", "cowhand-tls-archive"},
         "StatefulSet/cowhand-store": {"cowhand-store-acl", "cowhand-tls-store"},
     }
     for name, _, spec in pods(render(TWO)):

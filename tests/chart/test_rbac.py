@@ -88,6 +88,9 @@ WHY: dict[str, dict[str, dict[str, str]]] = {
         "authentication.k8s.io/tokenreviews": {"create": "who is calling"},
         "authorization.k8s.io/subjectaccessreviews": {"create": "whether they may"},
     },
+    "cowhand-archive @ cluster": {
+        "authentication.k8s.io/tokenreviews": {"create": "who is calling"},
+    },
     "cowhand-cli @ tenant": {
         "cowhand.dev/agentsessions/approvals": {"create": "cowhand approve, deny"},
         "cowhand.dev/agentsessions/exec": {"create": "cowhand exec"},
@@ -163,7 +166,7 @@ WHY: dict[str, dict[str, dict[str, str]]] = {
 WHY_PURGE: dict[str, dict[str, dict[str, str]]] = {
     "cowhand-teardown @ system": {
         "/configmaps[cowhand-ca cowhand-store-identity]": {"delete": "purge"},
-        "/persistentvolumeclaims[data-cowhand-store-0]": {"delete": "purge"},
+        "/persistentvolumeclaims[data-cowhand-archive-0 data-cowhand-store-0]": {"delete": "purge"},
         "/secrets[cowhand-broker-keys cowhand-ca-key cowhand-store-acl cowhand-store-archive "
         "cowhand-store-broker cowhand-store-gateway cowhand-store-operator cowhand-tls-archive "
         "cowhand-tls-broker cowhand-tls-gateway cowhand-tls-store]": {"delete": "purge"},
@@ -254,6 +257,7 @@ def test_the_operator_reads_no_secret(render: Render) -> None:
     assert not [r for r in rights(render(TWO)) if "operator" in r[0] and "secrets" in r[1]]
     bound = [o for o in render(TWO) if o["kind"] == "ClusterRoleBinding"]
     assert {s["name"] for o in bound for s in o["subjects"]} == {
+        "cowhand-archive",
         "cowhand-broker",
         "cowhand-gateway",
     }

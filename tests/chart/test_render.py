@@ -25,11 +25,13 @@ ALL_VALUES: tuple[Json, ...] = (
     EXTERNAL,
     {"purge": True, "crds": {"keep": False}},
     {"networkPolicy": {"enabled": False}, "admissionPolicies": {"enabled": False}},
+    {"archive": {"enabled": False}},
+    {"archive": {"url": "s3://bucket/prefix", "credentialsSecret": "bucket-key"}},
     {"imagePullSecrets": [{"name": "login"}], "nodeSelector": {"a": "b"}},
 )
 
 # Values whose content is the user's: a leaf for the documentation.
-OPAQUE = {"resources", "proxyResources", "defaultEnvironment", "nodeSelector", "labels"}
+OPAQUE = {"resources", "proxyResources", "defaultEnvironment", "nodeSelector", "labels", "options"}
 
 
 def leaves(node: Json, path: str = "") -> list[str]:
@@ -109,6 +111,11 @@ def test_schema_and_values_know_the_same_names() -> None:
             {"store": {**EXTERNAL["store"], "profile": "standard", "replicas": 0}},
             "at least one replica",
         ),
+        ({"archive": {"url": "file:///elsewhere"}}, "url"),
+        ({"archive": {"url": "s3://bucket/../x y"}}, "url"),
+        ({"archive": {"url": "http://bucket"}}, "url"),
+        ({"archive": {"options": {"aws_region": 1}}}, "options"),
+        ({"archive": {"replicas": 2}}, "replicas"),
         ({"harness": {"min": 5, "max": 2}}, "harness.min"),
         ({"image": "cowhand:1"}, "image"),
     ],

@@ -56,6 +56,30 @@ args: [{{ .command }}]
 {{- printf "https://cowhand-broker.%s.svc:8443" .Release.Namespace -}}
 {{- end }}
 
+{{/* Environment of a process that asks the archive itself. */}}
+{{- define "cowhand.archiveEnv" -}}
+{{- if .Values.archive.enabled }}
+- {name: COWHAND_ARCHIVE_URL, value: {{ printf "https://cowhand-archive.%s.svc:8443" .Release.Namespace | quote }}}
+{{- end }}
+{{- end }}
+
+{{- define "cowhand.archiveMount" -}}
+{{- if .Values.archive.enabled }}
+- {name: archive-token, mountPath: /var/run/secrets/cowhand-archive, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{/* The token with which the archive is asked. */}}
+{{- define "cowhand.archiveVolume" -}}
+{{- if .Values.archive.enabled }}
+- name: archive-token
+  projected:
+    defaultMode: 0440
+    sources:
+      - serviceAccountToken: {audience: cowhand-archive, expirationSeconds: 600, path: token}
+{{- end }}
+{{- end }}
+
 {{- define "cowhand.storeURL" -}}
 {{- if .Values.store.embedded -}}
 {{- printf "rediss://cowhand-store.%s.svc:6379/0" .Release.Namespace -}}

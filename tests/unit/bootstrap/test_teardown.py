@@ -67,8 +67,9 @@ def fill(kube: Cluster) -> None:
     kube.put(
         {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": meta, "spec": {"replicas": 2}}
     )
-    claim = {"name": "data-cowhand-store-0", "namespace": NS}
-    kube.put({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": claim})
+    for claim in ("data-cowhand-archive-0", "data-cowhand-store-0"):
+        meta = {"name": claim, "namespace": NS}
+        kube.put({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": meta})
     for name in ("cowhand-ca", "cowhand-store-identity"):
         meta = {"name": name, "namespace": NS}
         kube.put({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta})
@@ -90,7 +91,7 @@ async def test_sessions_stay_suspended_without_our_finalizer() -> None:
     }
     assert [p["metadata"]["name"] for p in kube.all(kinds.POD)] == ["web"]
     assert kube.all(kinds.DEPLOYMENT)[0]["spec"]["replicas"] == 0
-    assert kube.all(kinds.PERSISTENT_VOLUME_CLAIM)
+    assert len(kube.all(kinds.PERSISTENT_VOLUME_CLAIM)) == 2
 
 
 async def test_a_dead_operator_does_not_hold_up_the_removal() -> None:

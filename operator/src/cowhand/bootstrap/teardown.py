@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 OPERATOR: Final = "cowhand-operator"
 BROKER_KEYS: Final = "cowhand-broker-keys"
-STORE_CLAIM: Final = "data-cowhand-store-0"
+CLAIMS: Final = ("data-cowhand-archive-0", "data-cowhand-store-0")
+"""Volumes of archive and store, which Helm leaves behind."""
 SUSPEND_PATIENCE_S: Final = 30
 """How long the operator may take to write the suspension into the logs; after that they go unsuspended."""
 
@@ -163,7 +164,8 @@ async def _purge(kube: Kube, settings: BootstrapSettings) -> None:
     for secret in (*OWN_SECRETS, BROKER_KEYS):
         await kube.delete(kinds.SECRET, settings.namespace, secret)
     await kube.delete(kinds.CONFIG_MAP, settings.namespace, labels.CA_CONFIG_MAP)
-    await kube.delete(kinds.PERSISTENT_VOLUME_CLAIM, settings.namespace, STORE_CLAIM)
+    for claim in CLAIMS:
+        await kube.delete(kinds.PERSISTENT_VOLUME_CLAIM, settings.namespace, claim)
     await kube.delete(kinds.CONFIG_MAP, settings.namespace, labels.STORE_IDENTITY)
 
 

@@ -25,6 +25,8 @@ from cowhand.settings import BootstrapSettings
 
 pytestmark = pytest.mark.apiserver
 
+CLAIMS = ("data-cowhand-archive-0", "data-cowhand-store-0")
+
 
 class Api:
     """kubectl, two namespaces, and kubeconfig files of the hooks' accounts."""
@@ -173,15 +175,18 @@ def fill(api: Api) -> None:
             "metadata": {"name": "cowhand-operator", "namespace": api.system},
             "spec": {"replicas": 0, "selector": {"matchLabels": {"a": "b"}}, "template": template},
         },
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolumeClaim",
-            "metadata": {"name": "data-cowhand-store-0", "namespace": api.system},
-            "spec": {
-                "accessModes": ["ReadWriteOnce"],
-                "resources": {"requests": {"storage": "1Mi"}},
-            },
-        },
+        *(
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolumeClaim",
+                "metadata": {"name": name, "namespace": api.system},
+                "spec": {
+                    "accessModes": ["ReadWriteOnce"],
+                    "resources": {"requests": {"storage": "1Mi"}},
+                },
+            }
+            for name in CLAIMS
+        ),
     )
     status = {"sessionID": "sesn_x", "state": "idle", "mode": "Running"}
     api.kubectl(
@@ -207,19 +212,13 @@ async def test_teardown_needs_no_more_than_the_chart_gives(
         )
         assert session["spec"]["operatingMode"] == "Suspended"
         assert "finalizers" not in session["metadata"]
-        assert api.exists(api.system, "pvc", "data-cowhand-store-0")
+        assert all(api.exists(api.system, "pvc", name) for name in CLAIMS)
         assert len(data(api)) == 13
     else:
         assert not api.exists(api.tenant, "agentsession", "s")
-        claim = api.kubectl(
-            "get",
-            "pvc",
-            "data-cowhand-store-0",
-            "-n",
-            api.system,
-            "--ignore-not-found",
-            "-o",
-            "json",
-        )
-        assert not claim or json.loads(claim)["metadata"].get("deletionTimestamp")
+        for name in CLAIMS:
+            claim = api.kubectl(
+                "get", "pvc", name, "-n", api.system, "--ignore-not-found", "-o", "json"
+            )
+            assert not claim or json.loads(claim)["metadata"].get("deletionTimestamp")
         assert data(api) == {}

@@ -182,8 +182,10 @@ def test_what_is_referred_to_exists(render: Render, values: Json) -> None:
     known = {"cowhand-ca"} | {o["metadata"]["name"] for o in objects if o["kind"] == "ConfigMap"}
     secrets = {"cowhand-store", "cowhand-store-acl", "cowhand-tls-store"}
     secrets |= {
-        f"cowhand-{a}-{b}" for a in ("tls", "store") for b in ("operator", "broker", "gateway")
-    }
+        f"cowhand-{a}-{b}"
+        for a in ("tls", "store")
+        for b in ("operator", "broker", "gateway", "archive")
+    } | {"bucket-key"}
     for name, item, spec in pods(objects):
         if "serviceAccountName" in spec:
             assert (item["metadata"]["namespace"], spec["serviceAccountName"]) in accounts, name
@@ -257,6 +259,8 @@ def test_each_process_can_read_its_settings_from_its_environment(render: Render)
     assert (harness.namespace, harness.store.username) == ("team-b", "t-team-b")
     proxy = load("Deployment", "cowhand-harness", "proxy", "team-b", settings.proxy)
     assert (proxy.mode, proxy.listen_host) == ("harness", "127.0.0.1")
+    archive = load("StatefulSet", "cowhand-archive", "archive", NS, settings.archive)
+    assert archive.store.username == "archive"
     for name, mode in (("bootstrap", "install"), ("teardown", "teardown")):
         made = load("Job", f"cowhand-{name}", name, NS, settings.bootstrap)
         assert (made.mode, made.tenants, made.purge) == (mode, ("team-a", "team-b"), False)
@@ -328,7 +332,8 @@ def test_a_changed_configuration_restarts_the_store(render: Render) -> None:
 
 def test_an_external_store_leaves_nothing_of_the_embedded_one(render: Render) -> None:
     objects = render(EXTERNAL)
-    assert not [o for o in objects if o["kind"] == "StatefulSet"]
+    sets = [o["metadata"]["name"] for o in objects if o["kind"] == "StatefulSet"]
+    assert sets == ["cowhand-archive"]
     assert not [o for o in objects if o["kind"] == "Service" and "store" in o["metadata"]["name"]]
     operator = pick(objects, "Deployment", "cowhand-operator")["spec"]["template"]["spec"]
     assert env_of(operator["containers"][0])["COWHAND_STORE_URL"] == "rediss://db.example:6380/0"
@@ -357,7 +362,7 @@ def test_hooks_come_before_what_needs_them_and_clean_up(render: Render) -> None:
 
 def test_disruption_budgets_never_forbid_a_drain(render: Render) -> None:
     budgets = [o for o in render(TWO) if o["kind"] == "PodDisruptionBudget"]
-    assert len(budgets) == 5
+    assert len(budgets) == 6
     assert {o["spec"]["maxUnavailable"] for o in budgets} == {1}
 
 
@@ -374,7 +379,7 @@ def test_network_policies_cover_every_pod_of_ours_that_listens(render: Render) -
         for p in policies
     }
     assert covered == {
-        *((NS, c) for c in ("operator", "broker", "gateway", "store")),
+        *((NS, c) for c in ("operator", "broker", "gateway", "store", "archive")),
         *((t, c) for t in ("team-a", "team-b") for c in ("harness", "sandbox")),
     }
     store = pick(objects, "NetworkPolicy", "cowhand-store")

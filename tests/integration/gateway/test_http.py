@@ -12,16 +12,18 @@ import pytest
 from aiohttp import web
 
 from cowhand.errors import Denied, QuotaExceeded, StoreMismatch, StoreUnavailable, Terminal
-from cowhand.gateway import pump
+from cowhand.gateway import health, pump
 from cowhand.gateway.auth import Authority, Caller
 from cowhand.hands import transport
 from cowhand.kube.errors import Forbidden, Unauthorized
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
 from cowhand.session.log import HandRecord
+from cowhand.session.remote import HttpArchive
 from cowhand.wire.records import sign_record
 from cowhand.wire.tls import ServerCertificate
 from support import tls_rig
+from support.archive_rig import archive_rig
 from support.gateway_rig import SID
 
 EXEC = "/v1/namespaces/default/sandboxes/box/exec"
@@ -263,7 +265,17 @@ async def test_health_needs_no_token_and_tells_of_store_and_broker(rig):
     rig.broker.up = False
     status, body, _ = await rig.call("GET", "/healthz", token=None)
     assert status == 200
-    assert (body["store"], body["broker"]) == ("ok", "no answer")
+    assert (body["store"], body["broker"], body["archive"]) == ("ok", "no answer", "none")
+
+
+async def test_health_tells_of_the_archive(rig, tmp_path):
+    async with archive_rig(tmp_path) as far:
+        examined = [
+            await health.examine({}, rig.broker, far.client("gateway")),
+            await health.examine({}, rig.broker, HttpArchive("https://localhost:1")),
+        ]
+    assert examined[0]["archive"] == "ok"
+    assert "does not answer" in examined[1]["archive"]
 
 
 class Sandbox:

@@ -119,6 +119,12 @@ def broken(change):
             "warn",
             "dev (Valkey 8.1.0); slow",
         ),
+        (
+            lambda s: s.health.update(archive="the archive does not answer"),
+            "archive answers",
+            "fail",
+            "cowhand-archive-0",
+        ),
         (lambda s: setattr(s, "secret", None), "model key", "fail", "create secret generic my-key"),
         (lambda s: s.secret.update(keys=["key"]), "model key", "fail", "no key `api-key`"),
         (
@@ -144,6 +150,17 @@ def test_what_is_wrong_is_named_with_its_remedy(change, what, verdict, says):
     found = verdicts(broken(change))[what]
     assert found[0] == verdict
     assert says in found[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "what"), [("ok", "archive answers"), ("none", "archive"), (None, "")]
+)
+def test_an_archive_is_ok_absent_or_not_known_to_an_older_gateway(said, what):
+    seen = healthy()
+    if said is not None:
+        seen.health["archive"] = said
+    lines = [line for line in judge(seen) if line.what.startswith("archive")]
+    assert [(line.verdict, line.what) for line in lines] == ([("ok", what)] if what else [])
 
 
 @pytest.mark.parametrize("hosts", ["models.svc:8080", "x,Models.svc:8080"])

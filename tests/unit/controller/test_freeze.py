@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from cowhand.controller.freeze import (
     tombstone,
 )
 from cowhand.errors import UserError
-from cowhand.session.events import INLINE_LIMIT
+from cowhand.session.events import EVENT_LIMIT, INLINE_LIMIT, INLINE_WITH_BLOBS
 
 DEFAULTS = FreezeDefaults(
     EnvironmentSpec.model_validate({"resources": {"cpu": "1"}}),
@@ -36,11 +37,14 @@ def session(**spec: Any) -> AgentSession:
     return AgentSession.model_validate({"metadata": meta, "spec": {**body, **spec}})
 
 
-def frozen(agent: dict[str, Any] | None = None, **spec: Any) -> Frozen:
+def frozen(
+    agent: dict[str, Any] | None = None, *, limits: dict[str, int] | None = None, **spec: Any
+) -> Frozen:
     of = AgentSpec.model_validate({"model": {"id": "m"}, **(agent or {})})
     big = EnvironmentSpec.model_validate({"image": "big:2", "resources": {"memory": "8Gi"}})
     source = AgentSource(of, "coder", "agent-uid", 4)
-    return freeze(session(**spec), "sesn_" + "0" * 32, source, {"big": big}, DEFAULTS)
+    defaults = replace(DEFAULTS, **(limits or {}))
+    return freeze(session(**spec), "sesn_" + "0" * 32, source, {"big": big}, defaults)
 
 
 def test_the_created_event_holds_everything_a_harness_needs() -> None:
@@ -100,6 +104,17 @@ def test_too_large_says_what_to_do() -> None:
     with pytest.raises(TooLarge, match=r"together, .*add the others to spec\.messages later"):
         frozen(messages=many)
     frozen(messages=many[:-2])
+
+
+def test_with_an_archive_larger_ones_fit_and_do_not_count_against_the_store() -> None:
+    limits = {"event_limit": EVENT_LIMIT, "inline_limit": INLINE_WITH_BLOBS}
+    wide = [{"name": f"V{i}", "value": "😀" * 4096} for i in range(100)]
+    assert len(frozen(environment={"env": wide}, limits=limits).events[0].payload()) > INLINE_LIMIT
+    many = [{"id": f"m{i}", "content": "x" * 100_000} for i in range(22)]
+    frozen(messages=many, limits=limits)
+    small = [{"id": f"m{i}", "content": "x" * 60_000} for i in range(37)]
+    with pytest.raises(TooLarge, match="together"):
+        frozen(messages=small, limits=limits)
 
 
 @pytest.mark.parametrize("letter", ["x", "😀", "\x01"])

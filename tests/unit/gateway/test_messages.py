@@ -14,6 +14,7 @@ from cowhand.gateway.errors import Conflict, TooLarge
 from cowhand.gateway.incoming import parse
 from cowhand.gateway.messages import Ids, compose, uuid7, write
 from cowhand.session import events as ev
+from cowhand.session.events import EVENT_LIMIT
 from support.gateway_rig import HEX, SID, ListLog, at, created, response, tool_use, user_message
 
 JANE = Caller("jane", groups=("dev",))
@@ -111,6 +112,22 @@ def test_the_actor_is_ours_and_not_the_clients():
 def test_an_event_over_the_inline_limit_is_too_large():
     with pytest.raises(TooLarge, match=r"events\.1: \d+ bytes"):
         compose(parse(body(text(), text("x" * 1_100_000)), SID), JANE, ["a", "b"])
+
+
+def test_with_an_archive_an_event_may_be_larger_and_a_result_leaves_room_for_its_copy():
+    (event,) = compose(parse(body(text("x" * 1_100_000)), SID), JANE, ["a"], EVENT_LIMIT)
+    size = len(event.payload())
+    assert compose(parse(body(text("x" * 1_100_000)), SID), JANE, ["a"], size) == [event]
+    with pytest.raises(TooLarge, match=f"an event may have {size - 1}"):
+        compose(parse(body(text("x" * 1_100_000)), SID), JANE, ["a"], size - 1)
+    result = {
+        "type": "user.custom_tool_result",
+        "custom_tool_use_id": "toolu_01",
+        "content": [{"type": "text", "text": "x"}],
+    }
+    (event,) = compose(parse(body(result), SID), JANE, ["a"], EVENT_LIMIT)
+    with pytest.raises(TooLarge):
+        compose(parse(body(result), SID), JANE, ["a"], len(event.payload()) + 1023)
 
 
 def test_ids_are_uuid7_in_order_of_time():

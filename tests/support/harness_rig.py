@@ -58,6 +58,8 @@ def created(
     assembler: int = 1,
     custom: Sequence[str] = (),
     prices: Mapping[str, int] | None = None,
+    model: str = "m",
+    context: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Data of a `session.created`; `custom` are names of custom tools."""
     allowed = {**dict.fromkeys(ALL_TOOLS, "Allow"), **(permissions or {})}
@@ -68,7 +70,7 @@ def created(
         "uid": "u",
         "agent": {"name": "a", "uid": "u", "generation": 1, "hash": "h"},
         "request": request_base(
-            model="m",
+            model=model,
             max_tokens=max_tokens,
             system="be concise",
             tools=allowed,
@@ -81,6 +83,7 @@ def created(
         "resources": [],
         "budget": dict(budget or {}),
         "assembler": assembler,
+        **({} if context is None else {"context": dict(context), "assembler": 2}),
     }
 
 
@@ -368,7 +371,10 @@ def check_request(body: dict[str, Any]) -> None:
     """What the real API refuses, as far as the harness could get it wrong."""
     messages = body["messages"]
     assert messages, "no messages"
-    assert messages[0]["role"] == "user", "the first message must be the user's"
+    compacted = messages[0]["content"][0]["type"] == "compaction"
+    assert compacted or messages[0]["role"] == "user", "the first message must be the user's"
+    kinds = [block["type"] for entry in messages for block in entry["content"]]
+    assert kinds.count("compaction") == int(compacted), "one compaction block, and first"
     assert str(body).count("'cache_control'") <= 4, "more than four cache breakpoints"
     open_ids: list[str] = []
     for entry in messages:

@@ -195,7 +195,7 @@ async def test_what_shuts_the_gate(
 
 
 async def test_a_log_of_a_newer_release_is_refused_and_kept() -> None:
-    made = world(assembler=2)
+    made = world(assembler=3)
     made.emit(user("more", "m2"))
     before = list(made.events)
     await run(made, lambda request: message(text("never")))

@@ -10,8 +10,10 @@ from cowhand.hands.toolset import ALL_TOOLS, request_base, tool_class
 ALLOW_ALL = dict.fromkeys(ALL_TOOLS, "Allow")
 
 
-def test_all_tools_are_the_six_of_the_agent_toolset() -> None:
-    assert ALL_TOOLS == ("bash", "edit", "glob", "grep", "read", "write")
+def test_all_tools_are_the_six_of_the_agent_toolset_and_two_for_the_log() -> None:
+    assert ALL_TOOLS == (
+        "bash", "edit", "glob", "grep", "read", "read_log", "search_log", "write",
+    )  # fmt: skip
 
 
 def test_equal_arguments_give_equal_bytes_whatever_the_order_of_tools() -> None:
@@ -81,5 +83,5 @@ def test_bad_input_names_the_field(kwargs: dict[str, object], field: str) -> Non
 
 def test_classes() -> None:
     pure = {name for name in ALL_TOOLS if tool_class(name) == "pure"}
-    assert pure == {"read", "glob", "grep"}
+    assert pure == {"read", "glob", "grep", "read_log", "search_log"}
     assert tool_class("unheard_of") == "effect"

@@ -466,7 +466,7 @@ def test_a_raised_budget_alone_starts_nothing_and_the_next_message_gets_all_that
 
 def test_tokens_of_iterations_count() -> None:
     usage = {"input_tokens": 1, "iterations": [{"input_tokens": 1000}, {"output_tokens": 1000}]}
-    log = Log(budget={"max_tokens": 2500}).say().answer(text("x"), usage=usage).do().say()
+    log = Log(budget={"max_tokens": 3000}).say().answer(text("x"), usage=usage).do().say()
     assert appended(log.step()) == [("idle", "budget_reached")]
 
 
@@ -527,8 +527,8 @@ def test_an_unknown_version_of_a_known_type_is_refused(payload: bytes) -> None:
 
 
 def test_another_assembler_is_refused() -> None:
-    with pytest.raises(LogIncompatible, match="assembler 2"):
-        Log(assembler=2).fold()
+    with pytest.raises(LogIncompatible, match="assembler 3"):
+        Log(assembler=3).fold()
 
 
 # Answers from outside: custom tools, approvals, system messages.

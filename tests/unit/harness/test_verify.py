@@ -18,7 +18,7 @@ from cowhand.session import events as ev
 from cowhand.session.events import Event, NewEvent
 from cowhand.session.export import Export
 from support.exports import NOW, export_of, ran, two_tools
-from support.harness_rig import SID, Rig, World, message, text, user, world
+from support.harness_rig import SID, Rig, World, message, text, tool_use, user, world
 
 OTHER = "sesn_" + "9" * 32
 
@@ -233,3 +233,26 @@ async def test_control_without_the_lineage_a_fork_stops_at_its_first_request(
     await Rig(made, lambda _: message(text("ok")), name="fork").run()
     assert made.requests == []
     assert "prefix_mismatch" in str(made.events[-2].payload)
+
+
+@pytest.mark.parametrize("notes", ["my notes", ""])
+async def test_a_log_with_a_new_window_is_whole_whether_notes_came_or_not(notes: str) -> None:
+    context = {"profile": "reset", "window_tokens": 9000, "trigger_tokens": 1}
+    here = world(user("go"), model="claude-sonnet-4-5", context=context)
+    turns = 0
+
+    def script(body: dict[str, Any]) -> dict[str, Any]:
+        nonlocal turns
+        if "Write notes" in str(body["messages"][-1]):
+            return message(text(notes), usage={"input_tokens": 5, "output_tokens": 1})
+        turns += 1
+        done = turns == 3
+        return (
+            message(text("done"))
+            if done
+            else message(tool_use(f"t{turns}"), stop_reason="tool_use")
+        )
+
+    await Rig(here, script).run()
+    assert bool(here.data(ev.CONTEXT_RESET)) == bool(notes)
+    assert verify(export_of(here.events)).violations == ()

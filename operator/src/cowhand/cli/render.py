@@ -185,8 +185,32 @@ def _wake(event: Data, _: Data, __: Style) -> list[Entry]:
 def _request(_: Data, data: Data, __: Style) -> list[Entry]:
     attempt = int(data.get("attempt") or 1)
     again = f", attempt {attempt}" if attempt > 1 else ""
-    text = f"request {data.get('n')} with {data.get('n_messages')} messages{again}"
+    purpose = {"compaction": " for a summary", "notes": " for notes"}
+    what = purpose.get(str(data.get("purpose")), "")
+    text = f"request {data.get('n')}{what} with {data.get('n_messages')} messages{again}"
     return [Entry("→", "model", text, DIM, quiet=attempt == 1)]
+
+
+def _selected(_: Data, data: Data, __: Style) -> list[Entry]:
+    name, warning = safe(str(data.get("profile"))), safe(str(data.get("warning") or ""))
+    text = f"profile {name}: {warning}" if warning else f"profile {name}"
+    tone = YELLOW if warning else DIM
+    return [Entry("◔", "context", text.replace("\n", " "), tone, quiet=not warning)]
+
+
+def _compacted(_: Data, data: Data, style: Style) -> list[Entry]:
+    lines = fold(str((data.get("block") or {}).get("content") or ""), style, keep=2)
+    return [Entry("◔", "context", "summarized by the model", YELLOW, body=lines)]
+
+
+def _reset(_: Data, data: Data, style: Style) -> list[Entry]:
+    lines = fold(str(data.get("notes") or ""), style, keep=2)
+    return [Entry("◔", "context", "new window, with the model's notes", YELLOW, body=lines)]
+
+
+def _cleared(_: Data, data: Data, __: Style) -> list[Entry]:
+    count = len(data.get("tool_use_ids") or ())
+    return [Entry("◔", "context", f"{count} old tool results removed", YELLOW)]
 
 
 def _request_end(_: Data, data: Data, __: Style) -> list[Entry]:
@@ -372,6 +396,10 @@ _BUILDERS: Final[Mapping[str, Callable[[Data, Data, Style], list[Entry]]]] = {
     "span.model_request_start": _request,
     "span.model_request_end": _request_end,
     "model.response": _response,
+    "context.selected": _selected,
+    "context.compacted": _compacted,
+    "context.reset": _reset,
+    "context.cleared": _cleared,
     "tool.pending": _pending,
     "tool.started": _started,
     "tool.result": _result,

@@ -29,7 +29,7 @@ from cowhand.session import events
 from cowhand.session.events import NewEvent
 from cowhand.session.log import SessionMeta
 
-ASSEMBLER: Final = 1
+ASSEMBLER: Final = 2
 """Version of the request builder that a new session is made for."""
 
 _NOT_THE_RUN: Final = frozenset(
@@ -231,9 +231,7 @@ def _created(
 ) -> dict[str, Any]:
     """The payload of session.created (docs/interfaces.md section 3)."""
     meta, spec = session.metadata, session.spec
-    permissions: dict[str, str] = {
-        tool.name: tool.permission for tool in agent.tools if tool.type == "BuiltIn"
-    }
+    permissions = agent.permissions()
     custom = [
         toolset.custom_tool(tool.name, tool.description or "", tool.input_schema or {})
         for tool in agent.tools
@@ -252,6 +250,7 @@ def _created(
             custom=custom,
         ),
         "permissions": dict(permissions),
+        "context": agent.context.model_dump(exclude_none=True, by_alias=False),
         "hands": [_hand(session, hand, found, defaults) for hand in agent.hands],
         "resources": [resource.to_json() for resource in spec.resources],
         "budget": wanted_budget(spec),

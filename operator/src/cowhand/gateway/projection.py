@@ -73,6 +73,9 @@ _TAKEN_UP: Final = frozenset(
 )
 """Client events, whose `processed_at` is null until the harness acts on them."""
 
+_RENEWALS: Final = frozenset({ev.CONTEXT_COMPACTED, ev.CONTEXT_RESET})
+"""A summary or notes took the place of the prompt; official clients know one event for both."""
+
 _EVALUATION: Final = {"allow": "always_allow", "ask": "always_ask"}
 
 
@@ -146,6 +149,8 @@ class Context:
         elif event.type == ev.MODEL_RESPONSE:
             message = event.data.get("message") or {}
             self.usage[self._open_start] = message.get("usage") or {}
+        elif event.type in _RENEWALS:
+            self.usage[self._open_start] = event.data.get("usage") or {}
         elif event.type in _TAKEN_UP:
             self._waiting[event.seq] = event
             return []
@@ -194,6 +199,10 @@ def _base(event: Event, context: Context, index: int = 0) -> Public:
 
 def _bare(event: Event, context: Context) -> list[Public]:
     return [_base(event, context)]
+
+
+def _renewed(event: Event, context: Context) -> list[Public]:
+    return [{**_base(event, context), "type": "agent.thread_context_compacted"}]
 
 
 def _updated(event: Event, context: Context) -> list[Public]:
@@ -353,6 +362,8 @@ _BUILDERS: Final[Mapping[str, Callable[[Event, Context], list[Public]]]] = {
     ev.MODEL_REQUEST_START: _bare,
     ev.MODEL_RESPONSE: _response,
     ev.MODEL_REQUEST_END: _request_end,
+    ev.CONTEXT_COMPACTED: _renewed,
+    ev.CONTEXT_RESET: _renewed,
     ev.TOOL_RESULT: _tool_result,
     ev.STATUS_RUNNING: _bare,
     ev.STATUS_IDLE: _idle,

@@ -1,4 +1,4 @@
-"""The built-in tools of a sandbox: names, definitions that Claude sees, and how safe a repeat is.
+"""The built-in tools: names, definitions that Claude sees, which hand answers, how safe a repeat is.
 
 The operator calls `request_base` once, when it freezes the agent of a session; the harness asks for
 `tool_class` before each call. Names and input schemas are those of Claude's agent toolset.
@@ -25,6 +25,8 @@ _CLASSES: Final[Mapping[str, ToolClass]] = {
     "glob": "pure",
     "grep": "pure",
     "read": "pure",
+    "read_log": "pure",
+    "search_log": "pure",
     "write": "effect",
 }
 
@@ -44,6 +46,17 @@ def _tool(
 def _text(description: str) -> dict[str, Any]:
     return {"type": "string", "description": description}
 
+
+def _position(description: str) -> dict[str, Any]:
+    return {"type": "integer", "minimum": 1, "description": description}
+
+
+_TYPES: Final = {
+    "type": "array",
+    "items": {"type": "string"},
+    "description": "Event types, for example user.message, model.response, tool.result; default what "
+    "was said, done and decided.",
+}
 
 _DEFINITIONS: Final = (
     _tool(
@@ -111,6 +124,29 @@ _DEFINITIONS: Final = (
             },
         },
         ["file_path"],
+    ),
+    _tool(
+        "read_log",
+        "Read events of this session's log by position: messages, your own answers, tool calls and "
+        "their results, also those that are no longer in your context. Each line begins with "
+        "#position and type.",
+        {
+            "start": _position("First position, from 1; default 1."),
+            "end": _position("Last position; default the end of the log."),
+            "types": _TYPES,
+        },
+        [],
+    ),
+    _tool(
+        "search_log",
+        "Search this session's log for a text, newest match first; upper and lower case are the same. "
+        "Answers #position, type and the text around the match; read_log shows the whole event.",
+        {
+            "query": _text("The text to look for."),
+            "before": _position("Look only before this position; default everywhere."),
+            "types": _TYPES,
+        },
+        ["query"],
     ),
     _tool(
         "write",

@@ -14,12 +14,10 @@ from typing import Any, Final
 
 from cowhand.harness import status as st
 from cowhand.harness.fold import Conversation
+from cowhand.harness.window import BYTES_PER_TOKEN
 
 MIN_OUTPUT: Final = 1024
 """Output tokens below which a lowered limit is not worth a request."""
-
-BYTES_PER_TOKEN: Final = 3
-"""Text that no response has counted yet: prose has about 4 bytes a token, code less."""
 
 MAX_TOKENS: Final = "max_tokens"
 MAX_TOOL_CALLS: Final = "max_tool_calls"

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from cowhand.hands import session_log
 from cowhand.hands.toolset import ToolClass, tool_class
 from cowhand.harness import budget
 from cowhand.harness.fold import Answer, Conversation, Decision, ToolUse
@@ -100,6 +101,11 @@ def sandbox_hand(created: Mapping[str, Any]) -> str | None:
     return None
 
 
+def hand_of(created: Mapping[str, Any], tool: str) -> str | None:
+    """The hand that answers a tool: the session itself for its log, a sandbox for the others."""
+    return session_log.HAND if tool in session_log.LOG_TOOLS else sandbox_hand(created)
+
+
 def _refusal(
     created: Mapping[str, Any], use: ToolUse, permission: str, decision: Decision | None
 ) -> str | None:
@@ -117,7 +123,7 @@ def _refusal(
             return decision.message or "The user denied this tool call."
         if decision.input_sha256 not in ("", input_sha256(use.input)):
             return OTHER_ARGUMENTS
-    if sandbox_hand(created) is None:
+    if hand_of(created, use.name) is None:
         return "This agent has no sandbox, so the tool cannot run."
     return None
 
@@ -179,7 +185,7 @@ def plan_tools(
             if use.id not in asked:
                 events.append(_pending(use))
         elif not held:
-            hand = sandbox_hand(created)
+            hand = hand_of(created, use.name)
             assert hand is not None, "checked in _refusal"
             runnable.append(ToolCall(use, hand, tool_class(use.name)))
     parallel = all(call.klass == "pure" for call in runnable)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
-from cowhand.harness import budget
+from cowhand.harness import budget, context
 from cowhand.harness.calls import INTERRUPTED, ToolCall, plan_open, synthesized
 from cowhand.harness.fold import Conversation
+from cowhand.harness.profiles.base import Clear, Compact, Profile
+from cowhand.harness.window import Purpose
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
 
@@ -88,6 +91,7 @@ class SendRequest:
         horizon: last position that it may see.
         backoff: seconds to wait first, drawn evenly between both numbers.
         accept_cut: take a response that the output limit cut inside a tool call.
+        purpose: a turn of the conversation, or a summary or notes that renew the context window.
     """
 
     n: int
@@ -96,6 +100,7 @@ class SendRequest:
     max_tokens: int
     backoff: tuple[float, float] = (0.0, 0.0)
     accept_cut: bool = False
+    purpose: Purpose = "turn"
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,68 @@ def _budget_reached(conversation: Conversation, limit: str) -> Step:
     return Append((*cut, idle("budget_reached", budget=limit)))
 
 
-def _request_step(conversation: Conversation, now_ms: int | None) -> Step:
+def _context_step(conversation: Conversation, profiles: Mapping[str, Profile]) -> Step | None:
+    """What the context profile wants before a new turn request; None if it may be sent."""
+    window, name = conversation.window, context.profile_name(conversation)
+    selected = context.select(conversation, profiles) if window.selected is None else None
+    profile = profiles.get(name)
+    if selected is not None:
+        return Append((selected,))
+    if profile is None:
+        have = ", ".join(sorted(profiles)) or "none"
+        text = (
+            f"the agent wants the context profile {name!r}, and this harness has {have}: install it, or "
+            "create the session anew with an Agent that names another one"
+        )
+        return _give_up(conversation, "context_profile_missing", text, "terminal")
+    step = _side_step(conversation, profile)
+    if isinstance(step, SendRequest):
+        wanted = step.max_tokens
+        if budget.allowance(conversation, wanted).max_tokens < wanted:
+            return None  # what is left of the budget is for the work itself
+    return step
+
+
+def _side_step(conversation: Conversation, profile: Profile) -> Step | None:
+    """The change that the profile wants, or the next attempt of the one that is under way."""
+    if conversation.window.side is not None:
+        return _side_again(conversation)
+    change = context.next_change(conversation, profile)
+    if change is None:
+        return None
+    if isinstance(change, Clear):
+        return Append((context.cleared(conversation, change.tool_use_ids),))
+    return SendRequest(
+        n=conversation.n + 1,
+        attempt=1,
+        horizon=conversation.last_seq,
+        max_tokens=max(int(conversation.base["max_tokens"]), context.SIDE_MAX_TOKENS),
+        purpose="compaction" if isinstance(change, Compact) else "notes",
+    )
+
+
+def _side_again(conversation: Conversation) -> Step | None:
+    """The next attempt of a request that renews the window; None to go on without."""
+    window = conversation.window
+    side, failure = window.side, window.side_error
+    assert side is not None, "checked by the caller"
+    kind = "" if failure is None else str(failure["type"])
+    if failure is not None and not retried(kind, window.side_failures):
+        return None
+    pause = backoff(kind, window.side_failures, (failure or {}).get("retry_after_s"))
+    return SendRequest(
+        n=side.n,
+        attempt=side.attempt + 1,
+        horizon=side.horizon,
+        max_tokens=side.max_tokens,
+        backoff=(0.0, 0.0) if conversation.wake_at is not None else pause,
+        purpose=side.purpose,
+    )
+
+
+def _request_step(
+    conversation: Conversation, profiles: Mapping[str, Profile], now_ms: int | None
+) -> Step:
     wake_at = conversation.wake_at
     if wake_at is not None and now_ms is not None and now_ms < wake_at:
         return Park(until=wake_at)
@@ -238,6 +304,10 @@ def _request_step(conversation: Conversation, now_ms: int | None) -> Step:
             backoff=(0.0, 0.0) if wake_at is not None else pause,
             accept_cut=conversation.limit_step > 0 or bool(allowed.reached),
         )
+    if conversation.window.asked is not None:
+        step = _context_step(conversation, profiles)
+        if step is not None:
+            return step
     return SendRequest(
         n=conversation.n + 1,
         attempt=1,
@@ -284,8 +354,7 @@ def _ending(conversation: Conversation) -> Step | None:
 def _leftover(conversation: Conversation) -> Step | None:
     """What comes before any new work: ends, leftovers of a dead worker, interrupts, suspension."""
     if conversation.open_request:
-        assert conversation.request is not None
-        data = {"start": conversation.request.seq, "outcome": "lost"}
+        data = {"start": conversation.open_seq, "outcome": "lost"}
         return Append((NewEvent(ev.MODEL_REQUEST_END, data),))
     if conversation.orphaned:
         return Append(tuple(synthesized(use, FORKED) for use in conversation.orphaned))
@@ -307,13 +376,18 @@ def _leftover(conversation: Conversation) -> Step | None:
 
 
 def next_step(
-    conversation: Conversation, *, provisioned: bool = False, now_ms: int | None = None
+    conversation: Conversation,
+    *,
+    provisioned: bool = False,
+    profiles: Mapping[str, Profile] = MappingProxyType({}),
+    now_ms: int | None = None,
 ) -> Step:
     """The next step of a session; see the module.
 
     Args:
         conversation: the folded log.
         provisioned: this worker has already waited for the eager hands.
+        profiles: installed context profiles by name.
         now_ms: time by the store's clock, for the limit of running time; None: it is not looked at.
     """
     if conversation.closed:
@@ -327,11 +401,16 @@ def next_step(
         left = None if now_ms is None else budget.seconds_left(conversation, now_ms)
         if left is not None and left <= 0:
             return _budget_reached(conversation, budget.MAX_DURATION)
-        return _work_step(conversation, provisioned, now_ms)
+        return _work_step(conversation, provisioned, profiles, now_ms)
     return Park()
 
 
-def _work_step(conversation: Conversation, provisioned: bool, now_ms: int | None) -> Step:
+def _work_step(
+    conversation: Conversation,
+    provisioned: bool,
+    profiles: Mapping[str, Profile],
+    now_ms: int | None,
+) -> Step:
     """The next step of an open turn, or of one that is to begin."""
     step = _failed(conversation) or _ending(conversation)
     if step is None and not provisioned:
@@ -344,9 +423,10 @@ def _work_step(conversation: Conversation, provisioned: bool, now_ms: int | None
         conversation.retry
         or bool(conversation.uses)
         or conversation.stop_reason in ("pause_turn", "max_tokens")
+        or bool(conversation.window.carry and not conversation.ended)
     )
     if conversation.triggered or unanswered:
-        return _request_step(conversation, now_ms)
+        return _request_step(conversation, profiles, now_ms)
     return Append((idle("end_turn"),))
 
 

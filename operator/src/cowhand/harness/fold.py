@@ -13,17 +13,21 @@ from typing import Any, Final
 
 from cowhand.errors import LogIncompatible
 from cowhand.harness import status as st
+from cowhand.harness import window as win
 from cowhand.harness.request import (
-    ASSEMBLER,
+    ASSEMBLERS,
     Block,
     Message,
+    Ttl,
     block,
     content_blocks,
     prefix_sha,
     response_blocks,
     tool_result_block,
 )
+from cowhand.harness.window import Purpose, Result, SideRequest, Window
 from cowhand.session import events as ev
+from cowhand.session import rawjson
 from cowhand.session.events import Event
 
 CONTINUE: Final = "Your answer was cut off by the output limit. Continue where it stopped."
@@ -83,6 +87,7 @@ class Request:
     Attributes:
         seq: position of its `span.model_request_start`.
         max_tokens: output limit that it was sent with.
+        ttl: life of its cache entries.
     """
 
     seq: int
@@ -92,6 +97,29 @@ class Request:
     prefix_sha: str
     n_messages: int
     max_tokens: int
+    ttl: Ttl = "5m"
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A request as it was sent, rebuilt from the log.
+
+    Attributes:
+        base: everything but the messages.
+        writer: the session that sent it.
+    """
+
+    request: Request | SideRequest
+    base: Mapping[str, Any]
+    messages: tuple[Message, ...]
+    writer: str
+
+    @property
+    def rebuilt_sha(self) -> str:
+        """Hash of what was rebuilt, empty if messages are missing."""
+        if len(self.messages) != self.request.n_messages:
+            return ""
+        return prefix_sha(self.base, self.writer, self.request.max_tokens, self.messages)
 
 
 @dataclass(frozen=True)
@@ -147,6 +175,7 @@ class Conversation:
         lineage: of a fork: (session, last position that it wrote), oldest first.
         forked: position of the newest `session.forked`, 0 for none.
         status: status document, see `status`.
+        window: state of the context window.
     """
 
     session_id: str
@@ -186,6 +215,7 @@ class Conversation:
     lineage: tuple[tuple[str, int], ...] = ()
     forked: int = 0
     status: dict[str, Any] = field(default_factory=st.empty_status)
+    window: Window = field(default_factory=Window)
     _turn_start: int = 0
     _turn_results: tuple[Block, ...] = ()
     _asked_at: int = 0
@@ -198,7 +228,15 @@ class Conversation:
         """The frozen base of each request."""
         assert self.created is not None, "a log begins with session.created"
         base: Mapping[str, Any] = self.created["request"]
-        return base
+        return {**base, **self.window.fields} if self.window.fields else base
+
+    @property
+    def open_seq(self) -> int:
+        """Position of the request that has no end yet."""
+        if self.window.side is not None:
+            return self.window.side.seq
+        assert self.request is not None, "asked only while open_request"
+        return self.request.seq
 
     @property
     def custom_tools(self) -> frozenset[str]:
@@ -250,13 +288,15 @@ class Conversation:
     def pending_messages(self, horizon: int) -> list[Message]:
         """The messages that the next new request adds, from what is known up to `horizon`.
 
-        One user message: tool results first, in the order of the tool_use blocks, then queued text. Behind
-        it, and never without it (the API takes none directly after an assistant's), one system message.
+        One user message: tool results first, in the order of the tool_use blocks, then what a renewed
+        window begins with, then queued text. Behind it, and never without it (the API takes none directly
+        after an assistant's), one system message.
         """
         if self.paused:
             return []
         seen = [item for item in self.queued if item.seq <= horizon]
         blocks = [self.results[use.id] for use in self.uses]
+        blocks += self.window.carry
         blocks += [one for item in seen if not item.system for one in item.blocks]
         if not blocks and self.stop_reason == "max_tokens" and not self.ended:
             blocks.append(block({"type": "text", "text": CONTINUE}))
@@ -285,16 +325,37 @@ class Conversation:
             added = [added[0], Message("system", tuple(system))]
         return kept, added
 
+    def side_prompt(self, purpose: Purpose) -> list[Message]:
+        """All messages of a request that renews the window; queued text is not among them."""
+        blocks = [self.results[use.id] for use in self.uses if use.id in self.results]
+        blocks.extend(win.question(self.window, purpose))
+        kept = list(self.messages)
+        if not blocks:
+            return kept
+        unanswered = [kept.pop()] if kept and kept[-1].role == "system" else []
+        return [*kept, Message("user", tuple(blocks)), *unanswered]
+
+    def sent(self) -> Sent | None:
+        """The newest request of the log, rebuilt; None before the first and once its prompt is gone."""
+        request: Request | SideRequest
+        if self.window.side is not None:
+            request = self.window.side
+            base: Mapping[str, Any] = {
+                **self.base,
+                **win.extra_fields(self.window, request.purpose),
+            }
+            messages = self.side_prompt(request.purpose)
+        elif self.request is not None:
+            request, base = self.request, self.base
+            messages = self.messages[: request.n_messages]
+        else:
+            return None
+        return Sent(request, base, tuple(messages), self.writer_of(request.seq))
+
     def prefix_matches(self) -> bool:
         """The newest request, rebuilt from what is folded, is the one that was logged."""
-        request = self.request
-        if request is None:
-            return True
-        if request.n_messages > len(self.messages):
-            return False
-        messages = self.messages[: request.n_messages]
-        writer = self.writer_of(request.seq)
-        return prefix_sha(self.base, writer, request.max_tokens, messages) == request.prefix_sha
+        sent = self.sent()
+        return sent is None or sent.rebuilt_sha == sent.request.prefix_sha
 
     def writer_of(self, seq: int) -> str:
         """The session that wrote this position: of a fork's copied events that of the source.
@@ -339,15 +400,16 @@ class Conversation:
             self.running_since = event.ts
 
     def _created(self, seq: int, data: Mapping[str, Any]) -> None:
-        if data.get("assembler") != ASSEMBLER:
+        if data.get("assembler") not in ASSEMBLERS:
             raise LogIncompatible(
                 f"session {self.session_id} is pinned to assembler {data.get('assembler')!r}, this "
-                f"release has {ASSEMBLER}: wake it with the release that made it"
+                f"release has {', '.join(map(str, ASSEMBLERS))}: wake it with the release that made it"
             )
         self.created = data
         self.lineage = tuple(
             (str(item["session"]), int(item["position"])) for item in data.get("lineage") or ()
         )
+        self.window.asked = data.get("context")
         self.budget = data.get("budget") or {}
 
     def _updated(self, seq: int, data: Mapping[str, Any]) -> None:
@@ -358,6 +420,7 @@ class Conversation:
         blocks = content_blocks(data["content"])
         if blocks:
             self.queued.append(Queued(seq, blocks))
+            self.window.first = self.window.first or blocks
             self.refused = False
             self.wakes = 0
 
@@ -421,6 +484,11 @@ class Conversation:
     def _request_start(self, seq: int, data: Mapping[str, Any]) -> None:
         self.idle = None
         self.wake_at = None
+        if data.get("purpose", "turn") != "turn":
+            self.window.side_started(seq, data, int(data["max_tokens"]))
+            self.open_request = True
+            return
+        self.window.turn_started(data)
         if data["n"] > self.n:
             self._commit(int(data["horizon"]))
             self.n = int(data["n"])
@@ -432,6 +500,7 @@ class Conversation:
             prefix_sha=str(data["prefix_sha"]),
             n_messages=int(data["n_messages"]),
             max_tokens=int(data.get("max_tokens") or self.max_tokens),
+            ttl=data.get("cache_ttl", "5m"),
         )
         self.open_request = True
         self.error = None
@@ -442,9 +511,11 @@ class Conversation:
         if self.ended:
             self._turn_start = len(kept)
             self._turn_results = tuple(self.results[use.id] for use in self.uses)
+            self.window.turn_begins()
             self.continuations = 0
         self.messages = [*kept, *added]
         if added:
+            self.window.committed()
             self.queued = [item for item in self.queued if item.seq > horizon]
         self._clear_tools()
         self.ended = False
@@ -492,9 +563,13 @@ class Conversation:
             self.messages.append(Message("user", self._turn_results))
         self._clear_tools()
         self.request = None
+        self.window.refused()
 
     def _request_end(self, seq: int, data: Mapping[str, Any]) -> None:
         self.open_request = False
+        if self.window.side is not None and data["start"] == self.window.side.seq:
+            self.window.side_ended(data)
+            return
         outcome = data["outcome"]
         if outcome != "lost":
             self.wakes = 0
@@ -522,7 +597,55 @@ class Conversation:
             content = data["content"]
             content = content if isinstance(content, list) else str(content)
             self.results[use_id] = tool_result_block(use_id, content, bool(data["is_error"]))
+            name = next(use.name for use in self.uses if use.id == use_id)
+            self.window.results[use_id] = Result(seq, name, len(self.results[use_id].raw))
         self.wakes = 0
+
+    # The context window.
+
+    def _selected(self, seq: int, data: Mapping[str, Any]) -> None:
+        self.window.selected = data
+
+    def _compacted(self, seq: int, data: Mapping[str, Any]) -> None:
+        raw = rawjson.members(rawjson.members(self._payload.decode())["d"])["block"]
+        carry = () if self.ended else content_blocks(str(data["continue"]))
+        self._renew([Message("assistant", (Block("compaction", raw.encode()),))], carry)
+
+    def _reset(self, seq: int, data: Mapping[str, Any]) -> None:
+        notes = [{"type": "text", "text": str(data[key])} for key in ("notes", "continue")]
+        self._renew([], (*self.window.first, *content_blocks(notes)))
+
+    def _renew(self, messages: list[Message], carry: tuple[Block, ...]) -> None:
+        """The prompt up to here is gone, and with it what may be compared with it."""
+        system = (
+            Queued(0, one.blocks, system=True) for one in self.messages if one.role == "system"
+        )
+        self.queued = [*system, *self.queued]
+        self.messages = messages
+        self._turn_start, self._turn_results = len(messages), ()
+        self._clear_tools()
+        self.request = None
+        self.stop_reason = None
+        self.continuations = 0
+        self.wakes = 0
+        self.context_tokens = self.counted_messages = 0
+        self.window.renewed(self.n, carry)
+
+    def _cleared(self, seq: int, data: Mapping[str, Any]) -> None:
+        ids = {str(use_id) for use_id in data["tool_use_ids"]}
+        tools = (self.created or {})["request"].get("tools") or []
+        readable = any(tool.get("name") == "read_log" for tool in tools)
+        before = sum(len(item.raw) for message in self.messages for item in message.blocks)
+        self.messages = win.cleared(self.messages, self.window.results, ids, readable)
+        after = sum(len(item.raw) for message in self.messages for item in message.blocks)
+        self.window.cleared |= ids
+        if self.context_tokens:
+            freed = (before - after) // win.BYTES_PER_TOKEN
+            self.context_tokens = max(1, self.context_tokens - freed)
+        self.request = None
+        self.wakes = 0
+
+    # Hands.
 
     def _hand_requested(self, seq: int, data: Mapping[str, Any]) -> None:
         self._hand(data, "Pending")
@@ -599,6 +722,10 @@ _HANDLERS: Final[Mapping[str, Callable[[Conversation, int, Mapping[str, Any]], N
     ev.MODEL_REQUEST_START: Conversation._request_start,
     ev.MODEL_REQUEST_END: Conversation._request_end,
     ev.MODEL_RESPONSE: Conversation._response,
+    ev.CONTEXT_SELECTED: Conversation._selected,
+    ev.CONTEXT_COMPACTED: Conversation._compacted,
+    ev.CONTEXT_RESET: Conversation._reset,
+    ev.CONTEXT_CLEARED: Conversation._cleared,
     ev.TOOL_PENDING: Conversation._pending,
     ev.TOOL_STARTED: Conversation._started,
     ev.TOOL_RESULT: Conversation._result,

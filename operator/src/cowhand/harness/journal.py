@@ -66,7 +66,7 @@ class Journal:
         self.lease = lease
         self.conversation = Conversation(lease.session_id)
         self._worker = worker
-        self._reader = reader
+        self.reader = reader
         self._lock = asyncio.Lock()
         self._running: set[asyncio.Task[None]] = set()
 
@@ -166,7 +166,7 @@ class Journal:
             start = conversation.last_seq + 1
             page = await steadily(
                 "read",
-                lambda: self._reader.get_events(
+                lambda: self.reader.get_events(
                     self.lease.session_id,
                     start,  # noqa: B023  called before the next round
                     end,

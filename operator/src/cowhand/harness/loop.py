@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Literal, TypeVar
@@ -23,6 +23,7 @@ from cowhand.harness import decide, metering
 from cowhand.harness.admission import Admission
 from cowhand.harness.budget import calls_left, cost_nanousd, seconds_left
 from cowhand.harness.calls import ToolCall, plan_open, plan_tools
+from cowhand.harness.context import outgoing, renewal
 from cowhand.harness.decide import (
     Append,
     Park,
@@ -35,12 +36,13 @@ from cowhand.harness.decide import (
 from cowhand.harness.fold import tool_uses
 from cowhand.harness.journal import Journal, steadily
 from cowhand.harness.model import Model, Response
-from cowhand.harness.request import body, prefix_sha
+from cowhand.harness.profiles.base import Profile
 from cowhand.harness.stream import ModelError
+from cowhand.harness.window import Purpose
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
 from cowhand.session.gate import OpenGate, RateGate
-from cowhand.session.log import HandRecord, Parked, State, WorkerLog
+from cowhand.session.log import HandRecord, Parked, SessionLog, State, WorkerLog
 from cowhand.telemetry.metrics import RESCHEDULED
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ class Surroundings:
             text as it streams; must not wait.
         preview_end: session id: the response is over, whole or not.
         probe: called with the name of each point that a crash test may stop at.
+        profiles: installed context profiles by name.
     """
 
     model: Model
@@ -104,6 +107,7 @@ class Surroundings:
     preview: Callable[[str, int, int, str], None] = lambda _session, _start, _block, _text: None
     preview_end: Callable[[str], None] = lambda _session: None
     probe: Callable[[str], None] = lambda _point: None
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
 
 
 class SessionLoop:
@@ -141,7 +145,7 @@ class SessionLoop:
         self._streaming = False
         self._fresh: set[str] = set()
         self._provisioned = False
-        self._waited: tuple[int, int] | None = None
+        self._waited: tuple[int, int, str] | None = None
         self._admission = Admission(around.gate, journal.lease.workspace)
 
     # What the worker calls.
@@ -199,6 +203,11 @@ class SessionLoop:
     def lease(self) -> str:
         """See `Host`."""
         return self._journal.lease.value
+
+    @property
+    def reader(self) -> SessionLog:
+        """Reads events; what an agent reads of its own log comes from here."""
+        return self._journal.reader
 
     def hand_state(self, hand: str) -> tuple[int, str] | None:
         """See `Host`."""
@@ -272,7 +281,10 @@ class SessionLoop:
             if self._draining:
                 return await self._hand_over()
             step = next_step(
-                conversation, provisioned=self._provisioned, now_ms=self._journal.now_ms()
+                conversation,
+                provisioned=self._provisioned,
+                profiles=self._around.profiles,
+                now_ms=self._journal.now_ms(),
             )
             self._around.probe(f"step:{type(step).__name__}")
             match step:
@@ -360,29 +372,27 @@ class SessionLoop:
         conversation = self._journal.conversation
         if not await self._may_send(step):
             return
-        prompt = conversation.prompt(step.horizon)
-        base, limit = conversation.base, step.max_tokens
-        start = {
-            "n": step.n,
-            "attempt": step.attempt,
-            "horizon": step.horizon,
-            "prefix_sha": prefix_sha(base, self.session_id, limit, prompt),
-            "n_messages": len(prompt),
-        }
-        if limit != conversation.wanted_tokens:
-            start["max_tokens"] = limit
+        out = outgoing(
+            conversation,
+            n=step.n,
+            attempt=step.attempt,
+            horizon=step.horizon,
+            max_tokens=step.max_tokens,
+            purpose=step.purpose,
+            now_ms=self._journal.now_ms(),
+        )
+        begin = (*self._running(), NewEvent(ev.MODEL_REQUEST_START, out.start))
         try:
-            await self._journal.append((*self._running(), NewEvent(ev.MODEL_REQUEST_START, start)))
+            await self._journal.append(begin)
         except Suspended:
             return
-        assert conversation.request is not None, "folded with the append"
-        seq = conversation.request.seq
+        seq = conversation.open_seq
         self._around.probe("request")
         self._streaming = True
         try:
             # Named nowhere, so that the request is gone once it is sent: the answer may take minutes.
             response = await self._race(
-                self._stream(body(base, self.session_id, limit, prompt), seq), self._stop_stream
+                self._stream(out.render(), out.betas, step.purpose, seq), self._stop_stream
             )
         except Stopped:
             await self._journal.append((_request_end(seq, "interrupted"),))
@@ -392,7 +402,13 @@ class SessionLoop:
         else:
             self._admission.answered()
             self._around.probe("response")
-            await self._received(step, seq, response)
+            if step.purpose == "turn":
+                await self._received(step, seq, response)
+            else:
+                events = renewal(
+                    conversation, step.purpose, seq, response.message, self._cost(response)
+                )
+                await self._journal.append(events, barrier=True)
         finally:
             self._streaming = False
             self._around.preview_end(self.session_id)
@@ -400,11 +416,12 @@ class SessionLoop:
     async def _may_send(self, step: SendRequest) -> bool:
         """Wait for the backoff and for the rate gate; False: something was waited for, so look at the log again."""
         conversation = self._journal.conversation
-        if step.backoff[1] > 0 and self._waited != (step.n, step.attempt):
-            failure = conversation.error or {}
+        attempt = (step.n, step.attempt, step.purpose)
+        if step.backoff[1] > 0 and self._waited != attempt:
+            failure = conversation.error or conversation.window.side_error or {}
             pause = random.uniform(*step.backoff)  # noqa: S311
             if await self._pause(str(failure.get("type", "")), pause):
-                self._waited = (step.n, step.attempt)
+                self._waited = attempt
             return False
         entry = await self._admission.enter(str(conversation.base["model"]), conversation.wake_at)
         if not entry.place:
@@ -429,19 +446,29 @@ class SessionLoop:
         await self._journal.append((NewEvent(ev.STATUS_RESCHEDULED, data),))
         RESCHEDULED.labels(metering.kind(reason)).inc()
 
-    def _stream(self, raw: bytes, seq: int) -> Coroutine[Any, Any, Response]:
+    def _stream(
+        self, raw: bytes, betas: Sequence[str], purpose: Purpose, seq: int
+    ) -> Coroutine[Any, Any, Response]:
+        def on_text(block: int, text: str) -> None:
+            if purpose == "turn":  # a summary or notes are no answer to anybody
+                self._around.preview(self.session_id, seq, block, text)
+
         return self._around.model.stream(
             raw,
             session_id=self.session_id,
             lease=self.lease,
-            on_text=lambda block, text: self._around.preview(self.session_id, seq, block, text),
+            on_text=on_text,
             on_start=self._admission.answered,
+            betas=betas,
         )
 
     def _request_failed(self, seq: int, err: ModelError) -> tuple[NewEvent, ...]:
         log.warning("session %s: model request failed: %s: %s", self.session_id, err.type, err)
         end = _request_end(seq, "error", error=err.data())
-        if decide.retried(err.type, self._journal.conversation.failures + 1):
+        conversation = self._journal.conversation
+        side = conversation.window.side is not None
+        failures = conversation.window.side_failures if side else conversation.failures
+        if decide.retried(err.type, failures + 1):
             return end, decide.error(err.type, str(err), "retrying")
         return (end,)
 

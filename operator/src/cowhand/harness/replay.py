@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cowhand.harness.fold import Conversation
-from cowhand.harness.request import Message, body, prefix_sha
+from cowhand.harness.request import Message, body
+from cowhand.harness.window import Purpose, SideRequest
 from cowhand.session.events import MODEL_REQUEST_START, Event
 
 
@@ -24,6 +25,7 @@ class Replayed:
         horizon: last position that it could see.
         body: the bytes that went out.
         messages: its messages.
+        purpose: a turn of the conversation, or what renews the context window.
         logged_sha: `prefix_sha` as it was logged.
         rebuilt_sha: the same hash over what was rebuilt.
     """
@@ -34,6 +36,7 @@ class Replayed:
     horizon: int
     body: bytes
     messages: tuple[Message, ...]
+    purpose: Purpose
     logged_sha: str
     rebuilt_sha: str
 
@@ -45,22 +48,20 @@ class Replayed:
 
 def replayed(conversation: Conversation) -> Replayed | None:
     """The newest request of a conversation, rebuilt; None before the first."""
-    request = conversation.request
-    if request is None:
+    sent = conversation.sent()
+    if sent is None:
         return None
-    messages = conversation.messages[: request.n_messages]
-    writer = conversation.writer_of(request.seq)
-    base, limit = conversation.base, request.max_tokens
-    whole = request.n_messages <= len(conversation.messages)
+    request = sent.request
     return Replayed(
         seq=request.seq,
         n=request.n,
         attempt=request.attempt,
         horizon=request.horizon,
-        body=body(base, writer, limit, messages),
-        messages=tuple(messages),
+        body=body(sent.base, sent.writer, request.max_tokens, sent.messages, request.ttl),
+        messages=sent.messages,
+        purpose=request.purpose if isinstance(request, SideRequest) else "turn",
         logged_sha=request.prefix_sha,
-        rebuilt_sha=prefix_sha(base, writer, limit, messages) if whole else "",
+        rebuilt_sha=sent.rebuilt_sha,
     )
 
 

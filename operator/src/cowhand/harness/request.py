@@ -12,12 +12,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from itertools import pairwise
+from statistics import median
+from typing import Any, Final, Literal
 
 from cowhand.session import rawjson
 
-ASSEMBLER: Final = 1
-"""Version of the rules in this module and in `fold`; pinned in `session.created`."""
+ASSEMBLERS: Final = (1, 2)
+"""Versions of the rules in this module, in `fold` and in `window` that this release has; pinned in
+`session.created`. 2 knows `context`: a release that does not would send another prompt, so it must refuse."""
 
 ROLLING: Final = 15
 """Distance of the rolling cache breakpoints in blocks; the API looks back 20."""
@@ -25,8 +28,30 @@ ROLLING: Final = 15
 MAX_BREAKPOINTS: Final = 4
 """Most cache breakpoints that the API takes in one request."""
 
-_MARK: Final = b',"cache_control":{"type":"ephemeral"}}'
-_MARKABLE: Final = frozenset({"text", "tool_use", "tool_result", "image", "document"})
+Ttl = Literal["5m", "1h"]
+"""Life of a cache entry; the API's default is 5 minutes."""
+
+LONG_GAP_MS: Final = 4 * 60 * 1000
+"""Where requests are mostly further apart than this, entries of 5 minutes die before they are read."""
+
+_MARKS: Final[Mapping[str, bytes]] = {
+    "5m": b',"cache_control":{"type":"ephemeral"}}',
+    "1h": b',"cache_control":{"type":"ephemeral","ttl":"1h"}}',
+}
+_MARKABLE: Final = frozenset({"text", "tool_use", "tool_result", "image", "document", "compaction"})
+
+
+def cache_ttl(times: Sequence[int]) -> Ttl:
+    """Life of the cache entries of a request, from the times of the newest requests and its own.
+
+    One hour if the median of the last five gaps is over four minutes; with fewer than three gaps
+    nobody knows, and five minutes cost less.
+
+    Args:
+        times: milliseconds, oldest first, the new request's last.
+    """
+    gaps = [later - earlier for earlier, later in pairwise(times)][-5:]
+    return "1h" if len(gaps) >= 3 and median(gaps) > LONG_GAP_MS else "5m"
 
 
 def dumps(value: Any) -> bytes:
@@ -110,7 +135,7 @@ def tool_result_block(
     return block(value)
 
 
-def _head(base: Mapping[str, Any], session_id: str, max_tokens: int, mark: bool) -> bytes:
+def _head(base: Mapping[str, Any], session_id: str, max_tokens: int, mark: bytes = b"") -> bytes:
     """Everything before the messages, with the opening brace and a trailing comma."""
     parts = []
     for key, value in base.items():
@@ -120,7 +145,7 @@ def _head(base: Mapping[str, Any], session_id: str, max_tokens: int, mark: bool)
             value = max_tokens
         raw = dumps(value)
         if key == "system" and mark and isinstance(value, list) and value:
-            raw = raw[:-2] + _MARK + b"]"
+            raw = raw[:-2] + mark + b"]"
         parts.append(dumps(key) + b":" + raw)
     parts.append(b'"metadata":' + dumps({"user_id": session_id}))
     return b"{" + b",".join(parts) + b","
@@ -130,7 +155,7 @@ def canonical(
     base: Mapping[str, Any], session_id: str, max_tokens: int, messages: Sequence[Message]
 ) -> bytes:
     """The request body without `stream` and without cache breakpoints; messages come last."""
-    head = _head(base, session_id, max_tokens, mark=False)
+    head = _head(base, session_id, max_tokens)
     return head + b'"messages":[' + b",".join(message.raw() for message in messages) + b"]}"
 
 
@@ -173,9 +198,14 @@ def breakpoints(messages: Sequence[Message], limit: int = MAX_BREAKPOINTS - 1) -
 
 
 def body(
-    base: Mapping[str, Any], session_id: str, max_tokens: int, messages: Sequence[Message]
+    base: Mapping[str, Any],
+    session_id: str,
+    max_tokens: int,
+    messages: Sequence[Message],
+    ttl: Ttl = "5m",
 ) -> bytes:
     """The bytes that go out: `canonical` with `stream` and the cache breakpoints."""
+    mark = _MARKS[ttl]
     has_system = bool(base.get("system"))
     marks = set(breakpoints(messages, MAX_BREAKPOINTS - has_system))
     raws: list[bytes] = []
@@ -183,8 +213,8 @@ def body(
     for message in messages:
         blocks = []
         for item in message.blocks:
-            blocks.append(item.raw[:-1] + _MARK if position in marks else item.raw)
+            blocks.append(item.raw[:-1] + mark if position in marks else item.raw)
             position += 1
         raws.append(_message(message.role, blocks))
-    head = _head(base, session_id, max_tokens, mark=True)
+    head = _head(base, session_id, max_tokens, mark)
     return head + b'"stream":true,"messages":[' + b",".join(raws) + b"]}"

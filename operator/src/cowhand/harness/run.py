@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Final
 
 from cowhand import session
+from cowhand.hands import session_log
+from cowhand.hands.base import Hand
 from cowhand.hands.registry import Hands
 from cowhand.hands.sandbox import SandboxHand, SandboxSettings
+from cowhand.hands.session_log import SessionLogHand
 from cowhand.hands.transport import Credentials, PinnedTransport, ProxyCredentials, Transport
 from cowhand.harness.loop import LoopSettings, SessionLoop, Surroundings
 from cowhand.harness.metering import MeteredModel
 from cowhand.harness.model import AnthropicModel, Model
 from cowhand.harness.previews import Previewer
+from cowhand.harness.profiles import registry
 from cowhand.harness.worker import Worker, WorkerSettings
 from cowhand.session.log import StoreConfig
 from cowhand.session.remote import HttpArchive
@@ -53,12 +57,17 @@ def surroundings(
     """Model and sandbox hands for the sessions of a worker."""
 
     def make_hands(loop: SessionLoop) -> Hands:
-        return Hands(lambda name: SandboxHand(name, loop, transport, credentials, limits))
+        def make(name: str) -> Hand:
+            if name == session_log.HAND:
+                return SessionLogHand(loop.session_id, loop.reader, limits.max_output)
+            return SandboxHand(name, loop, transport, credentials, limits)
+
+        return Hands(make)
 
     async def always() -> None:
         return None
 
-    return Surroundings(model=model, make_hands=make_hands, admit=always)
+    return Surroundings(model=model, make_hands=make_hands, admit=always, profiles=registry.load())
 
 
 async def run(settings: HarnessSettings, *, ready_file: str = READY_FILE) -> None:

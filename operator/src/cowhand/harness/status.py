@@ -23,12 +23,13 @@ _USAGE: Final = (
     "cache_creation_input_tokens",
 )
 
-
 _HAND_STATES: Final = {
     ev.HAND_REQUESTED: "Pending",
     ev.HAND_PROVISIONED: "Ready",
     ev.HAND_LOST: "Lost",
 }
+
+_SPENDING: Final = frozenset({ev.CONTEXT_COMPACTED, ev.CONTEXT_RESET, ev.MODEL_REQUEST_END})
 
 _COUNTED: Final = ("turns", "requests", "tool_calls", "usage")
 
@@ -96,6 +97,17 @@ def _with_usage(
     return out
 
 
+def _context_changes(
+    status: Mapping[str, Any], kind: str, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fields that events of the context window change; what renews it, or was thrown away, costs tokens too."""
+    if kind == ev.CONTEXT_SELECTED:
+        return {"context": {"profile": data["profile"], "warning": data.get("warning", "")}}
+    if kind in _SPENDING and data.get("usage"):
+        return _with_usage(status, data, data)
+    return {}
+
+
 def _changes(status: Mapping[str, Any], kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of the document that one event changes."""
     match kind:
@@ -107,8 +119,6 @@ def _changes(status: Mapping[str, Any], kind: str, data: Mapping[str, Any]) -> d
             first = status["ttft_ms"]
             ttft = {"ttft_ms": data.get("ttft_ms") if first is None else first}
             return {**_with_usage(status, data["message"], data), **ttft}
-        case ev.MODEL_REQUEST_END if "usage" in data:
-            return _with_usage(status, data, data)  # a response that was thrown away
         case ev.TOOL_PENDING:
             # A custom tool has no tool.started: it counts when its client is asked.
             custom = data.get("kind") == ev.CUSTOM_TOOL
@@ -140,7 +150,7 @@ def _changes(status: Mapping[str, Any], kind: str, data: Mapping[str, Any]) -> d
                 "stop_reason": dict(reason),
                 "turns": status["turns"] + (reason["type"] in ENDS_TURN),
             }
-    return {}
+    return _context_changes(status, kind, data)
 
 
 def _without(pending: list[dict[str, Any]], tool_use_id: str) -> list[dict[str, Any]]:

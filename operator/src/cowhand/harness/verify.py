@@ -236,7 +236,10 @@ def _requests(export: Export, out: _Findings) -> Conversation | None:
         if found.messages[: len(before)] != before and not reset:
             text = f"request {found.n} does not begin with the messages of the one before it"
             out.broken("I7", event.seq, text, REPORT_BUG)
-        before, reset = found.messages, False
+        if (
+            found.purpose == "turn"
+        ):  # what asks for a summary or notes is no part of the conversation
+            before, reset = found.messages, False
     return conversation
 
 

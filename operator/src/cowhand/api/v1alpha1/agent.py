@@ -57,7 +57,13 @@ class ModelSpec(Model):
     of no known family needs them."""
 
 
-_BUILT_IN = ", ".join(TOOL_NAMES)
+LOG_TOOLS = ("read_log", "search_log")
+"""Tools that an agent has besides when it names none and its context profile may drop context."""
+
+BUILT_IN_NAMES = (*TOOL_NAMES, *LOG_TOOLS)
+"""All tools that Cowhand brings."""
+
+_BUILT_IN = ", ".join(BUILT_IN_NAMES)
 UNKNOWN_TOOL = f"name of a BuiltIn tool must be one of {_BUILT_IN}"
 TAKEN_NAME = f"name of a Custom tool must not be one of {_BUILT_IN}: choose another name"
 CUSTOM_NEEDS = "a Custom tool needs description and inputSchema"
@@ -65,7 +71,7 @@ CUSTOM_ONLY = "description and inputSchema are for type Custom: the built-in too
 NO_PERMISSION = (
     "a Custom tool has no permission: its client decides whether it runs; leave permission out"
 )
-_NAMES = "[" + ", ".join(f"'{name}'" for name in TOOL_NAMES) + "]"
+_NAMES = "[" + ", ".join(f"'{name}'" for name in BUILT_IN_NAMES) + "]"
 
 
 class Tool(Model):
@@ -92,9 +98,11 @@ class Tool(Model):
     )
 
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
-    """name of the tool: bash, read, write, edit, glob or grep, or any other for type Custom."""
+    """name of the tool: bash, read, write, edit, glob, grep, read_log or search_log, or any other for type
+    Custom."""
     type: Literal["BuiltIn", "Custom"] = "BuiltIn"
-    """type is BuiltIn (runs in the sandbox) or Custom: Claude's call is handed to the client, which
+    """type is BuiltIn (runs in the sandbox; read_log and search_log show the session's own log)
+    or Custom: Claude's call is handed to the client, which
     answers with user.custom_tool_result (`cowhand answer`)."""
     permission: Permission = "Allow"
     """permission is Allow (runs at once), Ask (waits for an approval) or Deny (never runs)."""
@@ -112,7 +120,7 @@ class Tool(Model):
     @model_validator(mode="after")
     def _check(self) -> Tool:
         custom = self.type == "Custom"
-        if custom == (self.name in TOOL_NAMES):
+        if custom == (self.name in BUILT_IN_NAMES):
             raise ValueError(TAKEN_NAME if custom else UNKNOWN_TOOL)
         if custom and (self.description is None or self.input_schema is None):
             raise ValueError(CUSTOM_NEEDS)
@@ -141,6 +149,28 @@ class Hand(Model):
     """sandbox makes this hand a sandbox pod."""
 
 
+class ContextSpec(Model):
+    """What is done before the conversation outgrows the model's context window."""
+
+    profile: Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)] = "auto"
+    """profile is plain (nothing), compaction (the API summarizes on demand), reset (the model writes
+    notes and goes on in a new window), clearing (old tool results are removed), the name of an installed
+    profile, or auto: the one that declares itself best for the model, plain for unknown models."""
+    window_tokens: Annotated[Int32, Field(ge=1000)] | None = None
+    """windowTokens is the size of the model's context window; default what Cowhand knows of the model,
+    200000 for unknown ones."""
+    trigger_tokens: Annotated[Int32, Field(ge=1)] | None = None
+    """triggerTokens is the size of a request that makes the profile act; default three quarters of the
+    window, at most 400000."""
+    keep_tool_results: Annotated[Int32, Field(ge=0, le=1000)] | None = None
+    """keepToolResults is how many of the newest tool results the profile clearing leaves; default 3."""
+    clear_at_least_tokens: Annotated[Int32, Field(ge=0)] | None = None
+    """clearAtLeastTokens is the least that the profile clearing removes at once, because each removal
+    costs the prompt cache; default a fifth of triggerTokens."""
+    instructions: Annotated[str, Field(min_length=1, max_length=16_384)] | None = None
+    """instructions replace the built-in prompt for the summary (compaction) or the notes (reset)."""
+
+
 ALL_TOOLS: tuple[Tool, ...] = tuple(Tool(name=name) for name in TOOL_NAMES)
 DEFAULT_HANDS: tuple[Hand, ...] = (Hand(name="sandbox", sandbox=SandboxHand()),)
 
@@ -155,8 +185,11 @@ class AgentSpec(Model):
     tools: Annotated[tuple[Tool, ...], Field(max_length=64, json_schema_extra=list_map("name"))] = (
         ALL_TOOLS
     )
-    """tools that the agent has, and their permissions. Absent: the six built-in ones, allowed. Given:
-    only those that are named."""
+    """tools that the agent has, and their permissions. Absent: bash, read, write, edit, glob and grep,
+    allowed, and unless context.profile is plain also read_log and search_log, with which the agent reads
+    the log of its own session. Given: only those that are named."""
+    context: ContextSpec = ContextSpec()
+    """context says what is done before the conversation outgrows the model's context window."""
     hands: Annotated[
         tuple[Hand, ...],
         Field(
@@ -166,6 +199,13 @@ class AgentSpec(Model):
         ),
     ] = DEFAULT_HANDS
     """hands of the agent, where its tools run. Absent: one lazy sandbox called "sandbox"."""
+
+    def permissions(self) -> dict[str, Permission]:
+        """Name -> permission of the built-in tools that the agent has."""
+        found = {tool.name: tool.permission for tool in self.tools if tool.type == "BuiltIn"}
+        if "tools" not in self.model_fields_set and self.context.profile != "plain":
+            found |= dict.fromkeys(LOG_TOOLS, "Allow")
+        return dict(found)
 
     @model_validator(mode="after")
     def _check(self) -> AgentSpec:

@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from model_server.cache import PromptCache
+from model_server.context import cut, edited, fits, summary
 from model_server.control import Control, Recorded
 from model_server.errors import ApiError, invalid
 from model_server.scenarios import BUILT_IN, by_text
@@ -70,8 +71,10 @@ class ModelServer:
         entry = await self._receive(request)
         try:
             body = self._checked(request, entry)
-            talk = conversation(body)
+            seen, applied = edited(body)
+            talk = conversation(seen)
             entry.turn = talk.turn
+            room = fits(seen, int(talk.options.get("window") or self.settings.window))
             turn = self._turn(body, talk)
             fault = self.control.fault(
                 entry.session, script_name(talk.text) or "", talk.turn, turn.fault
@@ -80,7 +83,15 @@ class ModelServer:
             if fault in _STATUS_FAULTS:
                 entry.outcome = f"fault:{fault}"
                 raise _STATUS_FAULTS[fault]
-            response = await self._answer(request, body, turn, fault, entry)
+            blocks, short = cut(finish(turn.content, body), room)
+            reason = "model_context_window_exceeded" if short else stop_reason(turn)
+            if fault == "refusal":
+                reason, blocks = "refusal", []
+            usage = self.cache.use(seen, time.monotonic())
+            edits = applied if "context_management" in body else None
+            whole = message(body, blocks, reason, usage, edits)
+            stream = bool(body.get("stream"))
+            response = await self._answer(request, whole, stream, turn, fault, entry)
         except ApiError as err:
             entry.status = err.status
             entry.outcome = "refused" if entry.outcome == "running" else entry.outcome
@@ -131,9 +142,12 @@ class ModelServer:
             body = json.loads(entry.body)
         except (ValueError, RecursionError):
             raise invalid("", "The request body is not valid JSON") from None
-        return validate(body)
+        betas = ",".join(request.headers.getall("anthropic-beta", []))
+        return validate(body, frozenset(item.strip() for item in betas.split(",")))
 
     def _turn(self, body: Json, talk: Conversation) -> Turn:
+        if "compaction" in body:
+            return Turn([summary(body, talk)], stop_reason="compaction")
         name = script_name(talk.text)
         if name is None:
             return by_text(talk)(talk)
@@ -152,16 +166,19 @@ class ModelServer:
         await _pause(self.settings.delay_ms if turn.delay_ms is None else turn.delay_ms)
 
     async def _answer(
-        self, request: web.Request, body: Json, turn: Turn, fault: str | None, entry: Recorded
+        self,
+        request: web.Request,
+        whole: Json,
+        stream: bool,
+        turn: Turn,
+        fault: str | None,
+        entry: Recorded,
     ) -> web.StreamResponse:
-        reason, blocks = stop_reason(turn), turn.content
         if fault == "refusal":
-            reason, blocks = "refusal", []
             entry.outcome = "fault:refusal"
-        whole = message(body, finish(blocks, body), reason, self.cache.use(body, time.monotonic()))
         entry.status = 200
         headers = {"request-id": new_id("req")}
-        if body.get("stream"):
+        if stream:
             return await self._stream(request, whole, turn, fault, entry, headers)
         await self.control.wait(
             turn.gate_mid, "mid_stream", entry.session, entry.turn or 0, time.time()

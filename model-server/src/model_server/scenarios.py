@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,11 +54,55 @@ def slow_steps(talk: Conversation) -> Turn:
     return say(f"/workspace/progress has {done[STEP]['result'].strip()} line(s).")
 
 
+def long_session(talk: Conversation) -> Turn:
+    """Takes `steps` steps (default 12) of `size` bytes each (default 2000), then says what it knows of three of them.
+
+    The output of each step holds a fact. What stands in the request no more is looked up with search_log, where there
+    is one. Asked for notes, it writes down all facts that it sees, unless the mark says notes=short.
+    """
+    steps, size = (int(talk.options.get(key, value)) for key, value in LONG.items())
+    done = max([0, *(int(number) for number in STEPS.findall(talk.whole))])
+    facts = dict(FACTS.findall(talk.whole))
+    if "Write notes" in talk.last_text:
+        known = [] if talk.options.get("notes") == "short" else sorted(facts.items(), key=_number)
+        return say(
+            "\n".join([f"step {done} of {steps} is done", *(_fact(*item) for item in known)])
+        )
+    if done < steps:
+        k = done + 1
+        command = (
+            f"echo 'step {k} of {steps}: fact {k} is '$(({k} * 7919 % 10007));"
+            f" head -c {size} /dev/zero | tr '\\0' x"
+        )
+        return Turn([{"type": "tool_use", "name": "bash", "input": {"command": command}}])
+    asked = [str(number) for number in (1, steps // 2, steps)]
+    tried = [call["input"].get("query") for call in talk.calls if call["name"] == "search_log"]
+    for number in asked:
+        query = f"fact {number} is"
+        if number not in facts and query not in tried and "search_log" in talk.tools:
+            return Turn([{"type": "tool_use", "name": "search_log", "input": {"query": query}}])
+    said = ", ".join(_fact(number, facts.get(number, "forgotten")) for number in asked)
+    return say(f"{said}; looked up: {len(tried)}")
+
+
+LONG = {"steps": "12", "size": "2000"}
+STEPS = re.compile(r"step (\d+) of \d+")
+FACTS = re.compile(r"fact (\d+) is (\d+)")
+
+
+def _number(item: tuple[str, str]) -> int:
+    return int(item[0])
+
+
+def _fact(number: str, value: str) -> str:
+    return f"fact {number} is {value}"
+
+
 def guess(talk: Conversation) -> Turn:
     """Refuses to guess."""
     return say(
         "I am the scripted model server, not Claude: there is no model behind me, and I do not guess. I know the"
-        " scenarios fix-the-tests, echo, counter and slow-steps, and scripts that tests have put here."
+        " scenarios fix-the-tests, echo, counter, slow-steps and long-session, and scripts that tests have put here."
         " Begin a message with [[script:echo]] to choose one, or give Cowhand an Anthropic API key to talk to Claude."
     )
 
@@ -67,6 +112,7 @@ BUILT_IN: Mapping[str, Scenario] = {
     "echo": echo,
     "counter": counter,
     "slow-steps": slow_steps,
+    "long-session": long_session,
 }
 
 

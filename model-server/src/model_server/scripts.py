@@ -6,6 +6,7 @@ function of the request instead.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,10 @@ class Conversation:
     """Number of assistant messages."""
     options: Mapping[str, str] = field(default_factory=dict)
     """`key=value` pairs in the script mark."""
+    newest: str = ""
+    """The newest tool call, its name and input."""
+    whole: str = ""
+    """All text, tool inputs and tool results, in order."""
 
 
 Scenario = Callable[[Conversation], Turn]
@@ -114,7 +119,8 @@ def conversation(body: Json) -> Conversation:
     texts: list[str] = []
     calls: dict[str, Json] = {}
     results: list[str] = []
-    turn = 0
+    turn, newest = 0, ""
+    whole: list[str] = []
     for message in body["messages"]:
         content = message["content"]
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -122,12 +128,19 @@ def conversation(body: Json) -> Conversation:
         for block in blocks:
             if block["type"] == "tool_use":
                 calls[block["id"]] = {"name": block["name"], "input": block["input"]}
+                newest = f"{block['name']} {json.dumps(block['input'])}"
+                whole.append(newest)
             elif block["type"] == "tool_result":
                 result = _text(block.get("content", ""))
                 results.append(result)
+                whole.append(result)
                 call = calls.setdefault(block["tool_use_id"], {})
                 call.update(result=result, is_error=bool(block.get("is_error")))
+            elif block["type"] == "compaction":
+                # A script goes on behind a summary, which begins with the first message.
+                texts.append(block["content"])
         text = "\n".join(b["text"] for b in blocks if b["type"] == "text")
+        whole.append(text)
         if message["role"] == "user" and text:
             texts.append(text)
             calls = {k: c for k, c in calls.items() if not c.get("result") and "result" not in c}
@@ -140,6 +153,8 @@ def conversation(body: Json) -> Conversation:
         tools=[t["name"] for t in body.get("tools") or []],
         turn=turn,
         options=_options(first),
+        newest=newest,
+        whole="\n".join([*texts[:1], *whole]),
     )
 
 

@@ -23,6 +23,8 @@ class Settings:
     """Time to the first byte, milliseconds (`MODEL_SERVER_DELAY_MS`)."""
     cache_minimum: int = 512
     """Shortest prefix that the simulated prompt cache keeps, tokens (`MODEL_SERVER_CACHE_MINIMUM`)."""
+    window: int = 0
+    """Size of the context window, tokens; 0: none (`MODEL_SERVER_WINDOW`). `window=N` in a mark goes before it."""
     record_mb: int = 128
     """Megabytes of request bodies that are kept; then the oldest go (`MODEL_SERVER_RECORD_MB`)."""
 
@@ -38,7 +40,7 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
     if not key:
         raise ValueError("MODEL_SERVER_API_KEY must be set: the key that clients have to send")
     numbers = {}
-    for name in ("port", "delta_ms", "delay_ms", "cache_minimum", "record_mb"):
+    for name in ("port", "delta_ms", "delay_ms", "cache_minimum", "window", "record_mb"):
         variable = f"MODEL_SERVER_{name.upper()}"
         if raw := env.get(variable, ""):
             if not raw.isdecimal():

@@ -35,6 +35,18 @@ def canonical(value: Any) -> bytes:
     )
 
 
+def sign_summary(body: Json, content: str) -> str:
+    """The signature of a compaction block: it holds for the system prompt and the tools that it was made with."""
+    system = body.get("system")
+    if isinstance(system, str):
+        system = [{"type": "text", "text": system}] if system else None
+    tools = [t for t in body.get("tools") or [] if not t.get("defer_loading")]
+    bound = without_cache_control([system or [], tools, content])
+    return base64.b64encode(
+        hashlib.sha256(b"model-server compaction\0" + canonical(bound)).digest()
+    ).decode()
+
+
 def sign(body: Json, turns: list[Json], before: list[Json], thinking: str) -> str:
     """The signature of a thinking block.
 

@@ -47,11 +47,33 @@ def _rest(block: Json, *without: str) -> Json:
     return {k: v for k, v in block.items() if k not in ("type", *without)}
 
 
-def message(body: Json, content: list[Json], stop_reason: str, usage: InputUsage) -> Json:
-    """The whole message."""
+def message(
+    body: Json,
+    content: list[Json],
+    stop_reason: str,
+    usage: InputUsage,
+    applied: list[Json] | None = None,
+) -> Json:
+    """The whole message.
+
+    Args:
+        body: the request.
+        content: finished blocks.
+        stop_reason: of the message; `compaction` puts its usage into an iteration of its own.
+        usage: of the input.
+        applied: context edits, if the request asked for any.
+    """
     details = None
     if stop_reason == "refusal":
         details = {"type": "refusal", "category": None, "explanation": None}
+    counts = {
+        **usage.as_json(),
+        "output_tokens": max(1, tokens(canonical(content)) if content else 1),
+    }
+    if stop_reason == "compaction":
+        none = {key: 0 for key, value in counts.items() if isinstance(value, int)}
+        counts = {**none, "iterations": [{"type": "compaction", **counts}]}
+    edits = {} if applied is None else {"context_management": {"applied_edits": applied}}
     return {
         "id": new_id("msg"),
         "type": "message",
@@ -61,11 +83,8 @@ def message(body: Json, content: list[Json], stop_reason: str, usage: InputUsage
         "stop_reason": stop_reason,
         "stop_sequence": None,
         "stop_details": details,
-        "usage": {
-            **usage.as_json(),
-            "output_tokens": max(1, tokens(canonical(content)) if content else 1),
-            "service_tier": "standard",
-        },
+        "usage": {**counts, "service_tier": "standard"},
+        **edits,
     }
 
 
@@ -74,6 +93,7 @@ def events(whole: Json) -> Iterator[tuple[str, Json]]:
     usage = whole["usage"]
     start = {**whole, "content": [], "stop_reason": None, "stop_details": None}
     start["usage"] = {**usage, "output_tokens": 1}
+    start.pop("context_management", None)
     yield "message_start", {"type": "message_start", "message": start}
     for index, block in enumerate(whole["content"]):
         yield (
@@ -96,9 +116,12 @@ def events(whole: Json) -> Iterator[tuple[str, Json]]:
             "cache_creation_input_tokens",
             "cache_read_input_tokens",
             "output_tokens",
+            "iterations",
         )
+        if k in usage
     }
-    yield "message_delta", {"type": "message_delta", "delta": delta, "usage": counts}
+    edits = {k: whole[k] for k in ("context_management",) if k in whole}
+    yield "message_delta", {"type": "message_delta", "delta": delta, "usage": counts, **edits}
     yield "message_stop", {"type": "message_stop"}
 
 
@@ -114,6 +137,8 @@ def _empty(block: Json) -> Json:
         return {**block, "input": {}}
     if block["type"] == "thinking":
         return {"type": "thinking", "thinking": "", "signature": ""}
+    if block["type"] == "compaction":
+        return {"type": "compaction", "content": ""}
     return block
 
 
@@ -126,6 +151,10 @@ def _deltas(block: Json) -> Iterator[Json]:
         text = json.dumps(block["input"])
         for i in range(0, len(text), 24):
             yield {"type": "input_json_delta", "partial_json": text[i : i + 24]}
+    elif block["type"] == "compaction":
+        for piece in _pieces(block["content"]):
+            yield {"type": "compaction_delta", "content": piece}
+        yield {"type": "signature_delta", "signature": block["signature"]}
     elif block["type"] == "thinking":
         for piece in _pieces(block["thinking"]):
             yield {"type": "thinking_delta", "thinking": piece}

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from model_server.errors import invalid
-from model_server.signatures import sign
+from model_server.signatures import sign, sign_summary
 
 Json = dict[str, Any]
 MAX_BREAKPOINTS = 4
@@ -47,10 +47,11 @@ _BLOCKS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
     "thinking": (frozenset({"thinking", "signature"}), frozenset()),
     "redacted_thinking": (frozenset({"data"}), frozenset()),
+    "compaction": (frozenset({"content", "signature"}), frozenset({"cache_control"})),
 }
 _ROLE_BLOCKS = {
     "user": {"text", "image", "document", "tool_result"},
-    "assistant": {"text", "tool_use", "thinking", "redacted_thinking"},
+    "assistant": {"text", "tool_use", "thinking", "redacted_thinking", "compaction"},
     "system": {"text"},
 }
 _STRINGS = ("text", "thinking", "signature", "data", "id", "name", "tool_use_id")
@@ -71,8 +72,18 @@ _TOOL = frozenset(
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
-def validate(body: Any) -> Json:
+COMPACTION_BETA = "compact-2026-09-04"
+MANAGEMENT_BETA = "context-management-2025-06-27"
+_BETA_FIELDS = {"compaction": COMPACTION_BETA, "context_management": MANAGEMENT_BETA}
+_EDIT = "clear_tool_uses_20250919"
+
+
+def validate(body: Any, betas: frozenset[str] = frozenset()) -> Json:
     """The request if the API would take it.
+
+    Args:
+        body: the decoded body.
+        betas: values of the header `anthropic-beta`.
 
     Raises:
         ApiError: 400 with the path of the field.
@@ -84,18 +95,73 @@ def validate(body: Any) -> Json:
             raise invalid(
                 key, f"`{key}` is no longer supported; remove it. Extra inputs are not permitted"
             )
-        if key not in _TOP:
+        if key not in _TOP and _BETA_FIELDS.get(key) not in betas:
             raise invalid(key, "Extra inputs are not permitted")
     for key in ("model", "max_tokens", "messages"):
         if key not in body:
             raise invalid(key, "Field required")
     _scalars(body)
+    _beta_fields(body)
     _system(body.get("system"))
     _tools(body.get("tools"))
     _messages(body["messages"])
     _breakpoints(body)
+    _compactions(body, betas)
     _conversation(body)
     return body
+
+
+def _beta_fields(body: Json) -> None:
+    compaction, management = body.get("compaction"), body.get("context_management")
+    if compaction is not None:
+        if not isinstance(compaction, dict) or compaction.get("type") != "summarize":
+            raise invalid("compaction.type", "Input should be 'summarize'")
+        _fields(compaction, "compaction", frozenset({"type"}), frozenset({"instructions"}))
+        if management is not None:
+            raise invalid("compaction", "cannot be combined with `context_management`")
+    if management is None:
+        return
+    if not isinstance(management, dict) or not isinstance(management.get("edits"), list):
+        raise invalid("context_management.edits", "Input should be a list")
+    for i, edit in enumerate(management["edits"]):
+        _clear_edit(edit, f"context_management.edits.{i}")
+
+
+def _clear_edit(edit: Any, path: str) -> None:
+    if not isinstance(edit, dict) or edit.get("type") != _EDIT:
+        raise invalid(f"{path}.type", f"this server knows {_EDIT} only")
+    limits = {
+        "trigger": ("input_tokens", "tool_uses"),
+        "keep": ("tool_uses",),
+        "clear_at_least": ("input_tokens",),
+    }
+    _fields(edit, path, frozenset({"type"}), frozenset(limits))
+    for key, kinds in limits.items():
+        value = edit.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, dict) or value.get("type") not in kinds:
+            raise invalid(f"{path}.{key}.type", f"Input should be one of {', '.join(kinds)}")
+        _positive(value.get("value"), f"{path}.{key}.value", at_least=0)
+
+
+def _compactions(body: Json, betas: frozenset[str]) -> None:
+    """At most one compaction block, the first block of all, made for this system prompt and these tools."""
+    for i, message in enumerate(body["messages"]):
+        blocks = [] if isinstance(message["content"], str) else message["content"]
+        for j, block in enumerate(blocks):
+            if block["type"] != "compaction":
+                continue
+            path = f"messages.{i}.content.{j}"
+            if COMPACTION_BETA not in betas:
+                raise invalid(path, f"compaction blocks need the beta {COMPACTION_BETA}")
+            if (i, j) != (0, 0):
+                raise invalid(path, "a compaction block must be the first block of the messages")
+            if block["signature"] != sign_summary(body, block["content"]):
+                raise invalid(
+                    f"{path}.compaction.signature",
+                    "Invalid `signature` in `compaction` block: the block, the system prompt or the tools were altered",
+                )
 
 
 def merged(messages: list[Json]) -> list[Json]:
@@ -301,10 +367,12 @@ def _breakpoints(body: Json) -> None:
 
 def _conversation(body: Json) -> None:
     messages = body["messages"]
-    if messages[0]["role"] != "user":
+    first = messages[0]["content"]
+    compacted = not isinstance(first, str) and first[0]["type"] == "compaction"
+    if messages[0]["role"] != "user" and not compacted:
         raise invalid("messages.0.role", 'the first message must use the "user" role')
     _system_places(messages)
-    if messages[-1]["role"] == "assistant":
+    if messages[-1]["role"] == "assistant" and "compaction" not in body:
         raise invalid(
             f"messages.{len(messages) - 1}",
             "This model does not support assistant message prefill. The conversation must end with a user message.",

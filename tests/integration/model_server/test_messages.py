@@ -275,3 +275,35 @@ async def test_cache_usage_over_a_tool_loop(model: ModelRig) -> None:
             assert usage.cache_read_input_tokens / total > 0.9
         else:
             assert usage.cache_read_input_tokens == 0
+
+
+async def test_a_summary_streams_as_the_api_sends_it_and_takes_the_place_of_the_messages(
+    model: ModelRig,
+) -> None:
+    betas = {"anthropic-beta": "compact-2026-09-04"}
+    more = {"tools": TOOLS, "system": "short", "extra_headers": betas}
+    asked = [{"role": "user", "content": "[[script:echo]] hello"}]
+    body = {"compaction": {"type": "summarize"}}
+    made: Any = await model.client.messages.create(
+        model="claude-x", max_tokens=100, messages=asked, **more, extra_body=body
+    )
+    assert made.stop_reason == "compaction"
+    assert made.usage.input_tokens == 0
+    (block,) = made.content
+    assert "hello" in block.content
+    raw = await model.client.messages.create(
+        model="claude-x", max_tokens=100, stream=True, messages=asked, **more, extra_body=body,
+    )  # fmt: skip
+    kinds = [event.delta.type async for event in raw if event.type == "content_block_delta"]
+    assert set(kinds) == {"compaction_delta", "signature_delta"}
+    signed = {"type": "compaction", "content": block.content, "signature": ""}
+    then = [{"role": "assistant", "content": [signed]}, {"role": "user", "content": "and?"}]
+    with pytest.raises(anthropic.BadRequestError, match="signature"):
+        await model.answer(then, **more)
+
+
+async def test_a_prompt_longer_than_the_window_is_refused(model: ModelRig) -> None:
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
+        await model.answer("[[script:echo window=50]] " + "long " * 100)
+    short = await model.answer("[[script:echo window=80]] " + "word " * 40)
+    assert short.stop_reason == "model_context_window_exceeded"

@@ -1,0 +1,97 @@
+"""Sessions longer than the model's window, on everything real but Kubernetes and Claude, under each context profile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cowhand.harness.replay import replay
+from cowhand.session import events as ev
+from cowhand.session.events import Event
+from support.harness_rig import user
+from support.harness_stack import Stack, stack
+
+pytestmark = pytest.mark.timeout(240)  # process starts, on a busy machine
+
+WINDOW, TRIGGER = 9000, 5000
+LONG = f"[[script:long-session steps=12 size=4000 window={WINDOW}]] Take the steps."
+FACTS = "fact 1 is 7919, fact 6 is 7486, fact 12 is 4965"
+CONTEXT = {"window_tokens": WINDOW, "trigger_tokens": TRIGGER, "clear_at_least_tokens": 500}
+
+
+@pytest.fixture
+async def here(store_url: str, tmp_path: Path) -> AsyncIterator[Stack]:
+    async with stack(store_url, tmp_path) as made:
+        yield made
+
+
+def said(events: list[Event]) -> str:
+    response = [event.data["message"] for event in events if event.type == ev.MODEL_RESPONSE][-1]
+    return "".join(block.get("text", "") for block in response["content"])
+
+
+async def long_session(here: Stack, profile: str, model: str) -> tuple[str, list[Event]]:
+    sid = await here.create(LONG, model=model, context={"profile": profile, **CONTEXT})
+    return sid, await here.settled(sid)
+
+
+async def replayed(here: Stack, sid: str, events: list[Event]) -> list[dict[str, Any]]:
+    """Every request rebuilt from the log is what the server got, in order."""
+    rebuilt = [json.loads(found.body) for found in replay(sid, events)]
+    sent = await here.requests(sid)
+    assert rebuilt == sent
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("profile", "model", "event", "looked_up"),
+    [
+        ("compaction", "claude-opus-5-5", ev.CONTEXT_COMPACTED, True),
+        ("reset", "claude-sonnet-4-5", ev.CONTEXT_RESET, False),
+        ("clearing", "claude-opus-4-1", ev.CONTEXT_CLEARED, True),
+    ],
+)
+async def test_a_session_longer_than_the_window_goes_on_and_knows_how_it_began(
+    here: Stack, profile: str, model: str, event: str, looked_up: bool
+) -> None:
+    await here.local_worker()
+    sid, events = await long_session(here, profile, model)
+    facts, searches = said(events).split("; looked up: ")
+    assert facts == FACTS
+    assert (searches != "0") == looked_up, (
+        "the notes hold all facts, a summary and a cleared result do not"
+    )
+    assert any(found.type == event for found in events)
+    assert not [found for found in events if found.type == ev.SESSION_ERROR]
+    sent = await replayed(here, sid, events)
+    assert len([body for body in sent if "tools" in body]) == len(sent) > 12
+    await here.emit(sid, user("and again?", "m2"))
+    assert said(await here.settled(sid, turns=2)).startswith("fact 1 is 7919"), "it goes on"
+
+
+async def test_the_api_clears_for_a_model_with_bound_thinking(here: Stack) -> None:
+    await here.local_worker()
+    sid, events = await long_session(here, "clearing", "claude-opus-5-5")
+    facts, searches = said(events).split("; looked up: ")
+    assert facts == FACTS
+    assert searches != "0"
+    sent = await replayed(here, sid, events)
+    assert "step 1 of 12: fact 1 is 7919" in json.dumps(sent[-1]), "the prompt stays whole"
+    applied = [
+        found.data["message"]["context_management"]["applied_edits"]
+        for found in events
+        if found.type == ev.MODEL_RESPONSE
+    ]
+    assert any(applied)
+
+
+async def test_control_without_a_profile_the_window_ends_the_session(here: Stack) -> None:
+    await here.local_worker()
+    _, events = await long_session(here, "plain", "claude-opus-5-5")
+    error = next(found.data["error"] for found in events if found.type == ev.SESSION_ERROR)
+    assert "prompt is too long" in error["message"]
+    assert events[-1].data["stop_reason"]["type"] == "retries_exhausted"

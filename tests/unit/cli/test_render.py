@@ -83,6 +83,24 @@ def test_a_changed_budget_names_its_limits():
     assert "budget: no limits" in second
 
 
+def test_what_became_of_the_context_window():
+    rows = [
+        (ev.CONTEXT_SELECTED, {"profile": "reset", "warning": "not made for it"}),
+        (ev.CONTEXT_COMPACTED, {"block": {"type": "compaction", "content": "so far"}}),
+        (ev.CONTEXT_RESET, {"notes": "my\x1b[2J notes", "continue": "c"}),
+        (ev.CONTEXT_CLEARED, {"tool_use_ids": ["a", "b"]}),
+    ]
+    assert [line[10:] for line in drawn(rows)] == [
+        "◔ context   profile reset: not made for it",
+        "◔ context   summarized by the model",
+        "            │ so far",
+        "◔ context   new window, with the model's notes",
+        "            │ my\\x1b[2J notes",
+        "◔ context   2 old tool results removed",
+    ]
+    assert drawn([(ev.CONTEXT_SELECTED, {"profile": "plain"})]) == [], "nothing to say"
+
+
 def test_long_lines_are_cut_to_the_terminal():
     (_, line) = drawn(result("x" * 500))
     assert len(line) == 90

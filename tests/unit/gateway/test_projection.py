@@ -110,6 +110,28 @@ def test_the_strict_sdk_would_notice_a_wrong_field():
         strict(broken)
 
 
+def test_a_renewed_window_is_one_official_event_with_its_usage():
+    used = {"input_tokens": 7, "output_tokens": 3}
+    rows = [
+        (ev.SESSION_CREATED, created()),
+        (ev.CONTEXT_SELECTED, {"profile": "reset"}),
+        (ev.MODEL_REQUEST_START, {"n": 3, "attempt": 1, "horizon": 2, "purpose": "notes"}),
+        (ev.CONTEXT_RESET, {"notes": "n", "continue": "c", "usage": used}),
+        (ev.MODEL_REQUEST_END, {"start": 3, "outcome": "ok"}),
+        (ev.CONTEXT_COMPACTED, {"block": {}, "continue": "c", "usage": used}),
+        (ev.CONTEXT_CLEARED, {"tool_use_ids": ["t"]}),
+    ]
+    publics = projected(rows)
+    assert [public["type"] for public in publics] == [
+        "span.model_request_start",
+        "agent.thread_context_compacted",
+        "span.model_request_end",
+        "agent.thread_context_compacted",
+    ]
+    assert publics[2]["model_usage"]["output_tokens"] == 3
+    assert len(strict(publics)) == 4
+
+
 def test_ids_are_derived_and_results_point_at_their_use():
     by_type = {public["type"]: public for public in projected(turn())}
     use, result = by_type["agent.tool_use"], by_type["agent.tool_result"]

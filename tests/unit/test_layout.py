@@ -140,9 +140,10 @@ def test_control_registries_and_homes_are_found(text: str, count: int) -> None:
             },
         ),
         ("harness", {"kopf", "kubernetes"}),
-        ("broker", {"kopf", "anthropic"}),
-        ("gateway", {"kopf", "anthropic"}),
-        ("controller", {"anthropic"}),
+        ("broker", {"kopf", "anthropic", "kubernetes"}),
+        ("gateway", {"kopf", "anthropic", "kubernetes"}),
+        ("archive", {"kopf", "anthropic", "kubernetes"}),
+        ("controller", {"anthropic", "kubernetes"}),
     ],
 )
 def test_a_process_imports_only_what_it_needs(process: str, forbidden: set[str]) -> None:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import contextlib
+import json
 import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cowhand.errors import UserError
 from cowhand.kube import kinds
-from cowhand.kube.client import Kube, connect
+from cowhand.kube.client import AioKube, Kube, connect
 from cowhand.kube.errors import AlreadyExists, Conflict, Invalid, NotFound, NotServed
+from cowhand.kube.transport import PodTransport, by_kubeconfig
 from support.apiserver import kubeconfig
 from support.memory_kube import MemoryKube
 
 MANAGER = "cowhand-operator"
 
 
-@pytest.fixture(params=["memory", pytest.param("server", marks=pytest.mark.apiserver)])
-async def kube(request: pytest.FixtureRequest) -> AsyncIterator[Kube]:
+@pytest.fixture(
+    params=[
+        "memory",
+        pytest.param("server", marks=pytest.mark.apiserver),
+        pytest.param("pod", marks=pytest.mark.apiserver),
+    ]
+)
+async def kube(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Kube]:
     if request.param == "memory":
         double = MemoryKube()
         double.missing.add(kinds.SCALED_OBJECT)
@@ -28,9 +41,44 @@ async def kube(request: pytest.FixtureRequest) -> AsyncIterator[Kube]:
     path = kubeconfig()
     if path is None:
         pytest.skip("no cluster: `make cluster` starts one")
+    if request.param == "pod":
+        async with service_account(path, tmp_path) as way:
+            client = AioKube(way)
+            yield client
+            await client.close()
+        return
     client = await connect(path)
     yield client
     await client.close()
+
+
+@contextlib.asynccontextmanager
+async def service_account(path: str, folder: Path) -> AsyncIterator[PodTransport]:
+    """As a pod: with a token of a service account that may do everything, and the cluster's CA."""
+    name = f"contract-{uuid.uuid4().hex[:8]}"
+    admin = await by_kubeconfig(path)
+    account = {"kind": "ServiceAccount", "name": name, "namespace": "default"}
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"}
+    binding = {"metadata": {"name": name}, "subjects": [account], "roleRef": role}
+    bindings = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
+    at = kinds.SERVICE_ACCOUNT.path("default")
+    for target, body in (
+        (at, {"metadata": {"name": name}}),
+        (bindings, binding),
+        (f"{at}/{name}/token", {"spec": {"expirationSeconds": 600}}),
+    ):
+        answer = await admin.send("POST", target, {"Content-Type": "application/json"}, body)
+        assert answer.status == 201, answer
+    try:
+        (folder / "token").write_text(json.loads(answer.raw)["status"]["token"])
+        text = await asyncio.to_thread(Path(path).read_text)
+        cluster = yaml.safe_load(text)["clusters"][0]["cluster"]
+        (folder / "ca.crt").write_bytes(base64.b64decode(cluster["certificate-authority-data"]))
+        yield PodTransport(cluster["server"], folder / "ca.crt", folder / "token")
+    finally:
+        await admin.send("DELETE", f"{bindings}/{name}", {}, None)
+        await admin.send("DELETE", f"{at}/{name}", {}, None)
+        await admin.close()
 
 
 @pytest.fixture

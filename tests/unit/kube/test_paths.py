@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from kubernetes.aio.client import ApiClient, Configuration
 from yarl import URL
 
 from cowhand.broker.secrets import ModelKeys
 from cowhand.errors import UserError
 from cowhand.kube import kinds
 from cowhand.kube.client import AioKube
+from cowhand.kube.transport import Answer
 
 BAD = [
     "../../team-b/secrets/cowhand-model",
@@ -44,10 +44,19 @@ def test_names_that_kubernetes_has(name: str) -> None:
     assert kinds.SECRET.path("team-a", name) == f"/api/v1/namespaces/team-a/secrets/{name}"
 
 
+class Unreachable:
+    """Nothing may get as far as being sent."""
+
+    async def send(self, method: str, target: str, *_: object) -> Answer:
+        raise AssertionError(f"{method} {target} was sent")
+
+    async def close(self) -> None:
+        pass
+
+
 @pytest.fixture
 async def nowhere() -> AioKube:
-    """A client of an API server that does not exist: nothing may get as far as asking it."""
-    return AioKube(ApiClient(Configuration(host="http://127.0.0.1:9")))
+    return AioKube(Unreachable())
 
 
 @pytest.mark.parametrize("name", ["", "../../team-b/secrets/cowhand-model"])

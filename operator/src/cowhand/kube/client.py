@@ -13,18 +13,14 @@ from typing import Any, Final, Protocol
 from urllib.parse import urlencode
 
 import aiohttp
-from kubernetes.aio.client import ApiClient, Configuration
-from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
-from cowhand.errors import CowhandError, UserError
-from cowhand.kube import kinds
+from cowhand.errors import UserError
+from cowhand.kube import kinds, transport
 from cowhand.kube.errors import Conflict, KubeUnavailable, NotFound, from_answer
 from cowhand.kube.kinds import Kind
+from cowhand.kube.transport import Transport
 
 Manifest = dict[str, Any]
-
-REQUEST_TIMEOUT_S: Final = 15.0
-"""Total time of one request to the API server."""
 
 PAGE: Final = 500
 """Objects asked for in one page of a list."""
@@ -83,10 +79,10 @@ class Kube(Protocol):
 
 
 class AioKube:
-    """`Kube` on `kubernetes.aio`, with raw dicts and without retries (the caller's queue retries)."""
+    """`Kube` over a `Transport`, with raw dicts and without retries (the caller's queue retries)."""
 
-    def __init__(self, api: ApiClient) -> None:
-        self._api = api
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
 
     async def _call(
         self,
@@ -100,24 +96,15 @@ class AioKube:
     ) -> Manifest:
         """One request; the decoded answer, or an error of our tree."""
         headers = {"Content-Type": content_type, "Accept": "application/json"}
+        target = f"{path}?{urlencode(query)}" if query else path
         try:
-            _, url, headers, _, _ = await self._api.param_serialize(
-                method, path, header_params=headers, auth_settings=["BearerToken"]
-            )
-            if query:
-                url = f"{url}?{urlencode(query)}"
-            answer = await self._api.call_api(
-                method, url, headers, body, _request_timeout=REQUEST_TIMEOUT_S
-            )
-            raw: bytes = await answer.read()  # type: ignore[no-untyped-call]
+            answer = await self._transport.send(method, target, headers, body)
         except (TimeoutError, aiohttp.ClientError, OSError) as err:
             text = str(err) or type(err).__name__
             raise KubeUnavailable(f"{what}: the API server does not answer: {text}") from err
         if not 200 <= answer.status <= 299:
-            raise from_answer(
-                answer.status, raw, what=what, retry_after=answer.headers.get("Retry-After")
-            )
-        loaded: Manifest = json.loads(raw)
+            raise from_answer(answer.status, answer.raw, what=what, retry_after=answer.retry_after)
+        loaded: Manifest = json.loads(answer.raw)
         return loaded
 
     async def get(self, kind: Kind, namespace: str | None, name: str) -> Manifest | None:
@@ -220,7 +207,7 @@ class AioKube:
 
     async def close(self) -> None:
         """See `Kube.close`."""
-        await self._api.close()  # type: ignore[no-untyped-call]
+        await self._transport.close()
 
 
 def _one(kind: Kind, namespace: str | None, name: str, subresource: str = "") -> str:
@@ -246,24 +233,7 @@ async def connect(kubeconfig: str | None = None) -> AioKube:
         kubeconfig: path of a file; None tries the pod's service account, then the default file.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is neither, or what is there is not usable.
     """
-    config = Configuration()
-    try:
-        if kubeconfig is not None:
-            await load_kube_config(  # type: ignore[no-untyped-call]
-                config_file=kubeconfig, client_configuration=config
-            )
-        else:
-            try:
-                load_incluster_config(client_configuration=config)  # type: ignore[no-untyped-call]
-            except ConfigException:
-                await load_kube_config(client_configuration=config)  # type: ignore[no-untyped-call]
-    except (ConfigException, OSError, CowhandError) as err:
-        raise UserError(
-            f"no way to the Kubernetes API: {err}; run in a pod with a service account, "
-            "or point KUBECONFIG at a kubeconfig file"
-        ) from err
-    # A proxy from the environment must never stand between us and the API server (kopf does the same).
-    config.client_session_kwargs = {"trust_env": False}
-    return AioKube(ApiClient(config))
+    pod = transport.in_pod() if kubeconfig is None else None
+    return AioKube(pod or await transport.by_kubeconfig(kubeconfig))

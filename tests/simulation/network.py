@@ -60,8 +60,10 @@ class StoreServer:
         store.publish = self._publish
         self._blocked = False
 
-    def connect(self) -> StoreConnection:
-        return StoreConnection(self)
+    async def open(self) -> StoreConnection:
+        connection = StoreConnection(self)
+        await connection.connect()
+        return connection
 
     def drop_all(self) -> None:
         """Every connection breaks, as when the server restarts."""

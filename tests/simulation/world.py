@@ -15,6 +15,7 @@ import random
 import secrets
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest import mock
 from urllib.parse import unquote
@@ -69,6 +70,7 @@ class DirectPipe:
     def __init__(self, store: LuaStore, scripts: Mapping[str, lua.Script]) -> None:
         self._store = store
         self._scripts = scripts
+        self.link = SimpleNamespace(generation=1)
 
     async def call(self, *command: Any) -> Any:
         reply = self._store.execute(command)
@@ -596,9 +598,7 @@ def _deterministic(world: World) -> Iterator[None]:
     def token_hex(count: int = 8) -> str:
         return f"{rng.getrandbits(8 * count):0{2 * count}x}"
 
-    connect = mock.patch.object(
-        store_module, "connection_factory", return_value=world.server.connect
-    )
+    connect = mock.patch.object(store_module, "connection_factory", return_value=world.server.open)
     try:
         with connect, mock.patch.object(secrets, "token_hex", token_hex):
             yield

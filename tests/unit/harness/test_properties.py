@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cowhand.harness import decide
@@ -80,10 +80,6 @@ class Driver:
     def step(self, action: str) -> None:
         match next_step(self.conversation):
             case Append() as step:
-                if step.events[-1].type == ev.STATUS_IDLE:
-                    reason = step.events[-1].data["stop_reason"]["type"]
-                    if reason == "refusal":
-                        self.refused_at.append(len(self.requests))
                 self.put(*step.events)
             case SendRequest() as step:
                 self.request(step, action)
@@ -121,6 +117,8 @@ class Driver:
                 "duration_ms": 1,
             }
             self.put(NewEvent(ev.MODEL_RESPONSE, data))
+            if action == "refusal":  # also when an interrupt ends that turn
+                self.refused_at.append(len(self.requests))
             self.end(start, "ok")
 
     def end(self, start: int, outcome: str, **more: Any) -> None:
@@ -178,6 +176,7 @@ def drive(actions: list[str]) -> Driver:
 
 @settings(max_examples=400, deadline=None)
 @given(ACTIONS)
+@example(["message", "refusal", "interrupt", "answer", "message", "answer"])
 def test_requests_are_prefixes_of_each_other(actions: list[str]) -> None:
     driver = drive(actions)
     for number in range(1, len(driver.requests)):

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from support.store import Store
+
+# No test asserts a time: a busy machine may take longer than Hypothesis's 200 ms for an example.
+settings.register_profile("cowhand", deadline=None)
+settings.load_profile("cowhand")
 
 
 @pytest.fixture(scope="session")

@@ -644,9 +644,10 @@ class _Lua:
         self._compiled: dict[bytes, Any] = {}
         self._store: LuaStore | None = None
         self._wrap = self._runtime.eval(
-            b"function(call) return {call = call, error_reply = function(t) return {err = t} end} end"
+            b"function(call, pcall) return "
+            b"{call = call, pcall = pcall, error_reply = function(t) return {err = t} end} end"
         )
-        self._redis = self._wrap(self._call)
+        self._redis = self._wrap(self._call, self._pcall)
         self._load = self._runtime.eval(
             b"function(text) local f, e = loadstring(text) if not f then error(e) end return f() end"
         )
@@ -658,6 +659,12 @@ class _Lua:
         words = [_word(word) for word in args]
         reply = store._run(words[0].upper(), words[1:])
         return self._to_lua(reply)
+
+    def _pcall(self, *args: Any) -> Any:
+        try:
+            return self._call(*args)
+        except CommandError as err:
+            return self._table_from({b"err": str(err).encode()})
 
     def _to_lua(self, reply: Any) -> Any:
         kind = type(reply)

@@ -232,6 +232,15 @@ async def test_the_audit_heals_a_lost_ready_entry(log_roles):
     assert await make.first(log_roles.worker.work()) == lost
 
 
+async def test_a_sweep_before_any_harness_ran_leaves_the_session_for_the_first_one(log_roles):
+    """There is no consumer group yet: that is no error, and the entry is not made a second time."""
+    sid = await make.start(log_roles.log)
+    assert await log_roles.control.sweep("team-a") == 0
+    assert await make.first(log_roles.worker.work()) == sid
+    backlog = await log_roles.control.backlog("team-a")
+    assert backlog.ready == 1
+
+
 async def test_projections_are_announced_and_taken_once(log_roles):
     control = log_roles.control
     nudges = control.projection_nudges(["team-a", "team-b"])

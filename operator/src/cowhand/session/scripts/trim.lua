@@ -1,7 +1,8 @@
 -- Drop the read prefix of the ready stream. Not XDEL: that makes the group's lag unknown.
 -- KEYS: ready.  ARGV: base, '', group
 local READY = KEYS[1]
-local pending = redis.call('XPENDING', READY, ARGV[3])
+local pending = redis.pcall('XPENDING', READY, ARGV[3])
+if pending.err then return 0 end -- NOGROUP: no harness has run here yet
 local low = pending[1] > 0 and pending[2] or nil
 if not low then
   for _, g in ipairs(redis.call('XINFO', 'GROUPS', READY)) do

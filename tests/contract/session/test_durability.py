@@ -126,7 +126,6 @@ async def test_a_store_that_is_away_is_let_be_and_a_replica_is_not_judged(pair, 
 
 @pytest.mark.parametrize("profile", ["standard", "strict"])
 async def test_nothing_is_acknowledged_that_the_replica_does_not_have(pair, monkeypatch, profile):
-    patience(monkeypatch, 100)
     primary, replica = pair
     async with connect(config(primary, profile), namespace="team-a") as store:
         log, worker = store.session_log(), store.worker_log("pod-1")
@@ -166,10 +165,11 @@ async def test_control_without_the_mark_a_new_connection_confirms_what_no_replic
     pair, monkeypatch
 ):
     """A WAIT on a connection that has written nothing passes at once: the barrier's mark is what counts."""
-    patience(monkeypatch, 100)
+    patience(monkeypatch, 60_000)
     primary, replica = pair
     async with connect(config(primary, "standard"), namespace="team-a") as store:
         sid = await make.start(store.session_log())
+        patience(monkeypatch, 100)
         replica.freeze()
         await store.writes.call("SET", "cowhand:team-a:{p00}:x", "1")
         assert await store.writes.call("WAIT", 1, 100) == 0

@@ -328,6 +328,10 @@ async def test_doctor_on_a_whole_installation(rig, cli):
     cli.kubectl.put("node", "n", {"status": {"images": images}})
     kinds = ("agents", "agentsessions", "environments", "sandboxes")
     cli.kubectl.write("crds.json", [f"{kind}.cowhand.dev" for kind in kinds])
+    assert "! store profile" in await cli("doctor")
+    await rig.store.require_durability()
+    rig.gateway.durability = rig.store.durability.as_dict
+    rig.gateway.health._entries.clear()
     text = await cli("doctor")
     assert {line[0] for line in text.splitlines()} == {"✓"}, text
     assert "c2VjcmV0" not in text

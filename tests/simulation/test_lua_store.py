@@ -91,25 +91,14 @@ def histories(url: str, twin: Twin, count: int) -> None:
 
 
 def test_histories_are_the_same_on_both(store_url: str, twin: Twin) -> None:
-    histories(store_url, twin, 20)
-    often = {
-        "create",
-        "ingest",
-        "append",
-        "claim",
-        "park",
-        "put_hand",
-        "put_sandbox",
-        "set_mode",
-        "beat",
-    }
-    few = [name for name in often if not twin.compared.get(name)]
-    assert not few, twin.compared
+    histories(store_url, twin, 15)
+    # Which rules Hypothesis draws depends on the modules that are loaded: rare scripts may not come up.
+    assert {"create", "ingest", "append", "claim", "beat"} <= set(twin.compared)
 
 
 WRONG: dict[str, Any] = {
     "_zscore": lambda *_args: 0,
-    "_zrem": lambda *_args: 0,
+    "_hset": lambda *_args: 0,
     "_xrange": lambda *_args: [],
     "_sadd": lambda *_args: 0,
 }
@@ -131,7 +120,7 @@ async def stream(events: tuple[Event, ...]) -> AsyncIterator[Event]:
         yield event
 
 
-async def test_the_scripts_that_no_history_runs(store_url: str, twin: Twin) -> None:
+async def test_every_script_once(store_url: str, twin: Twin) -> None:
     async with Store(StoreConfig(store_url, partitions=2), NS, scripts()) as store:
         log, control = store.session_log(), store.control_log()
         worker: Any = store.worker_log("pod-1")
@@ -150,12 +139,24 @@ async def test_the_scripts_that_no_history_runs(store_url: str, twin: Twin) -> N
         lease = await make.take(worker, sid)
         await worker.append(lease, [make.result(str(number)) for number in range(5)])
         await worker.touch(lease)
+        record = HandRecord(sid, "main", 1, "Ready", sandbox="s", sandbox_uid="u", owner_epoch=1)
+        for state in ("Ready", "Pending", "Lost", "Ready"):
+            await control.put_hand(NS, replace(record, state=state))
         await control.set_budget(NS, sid, NewEvent(ev.SESSION_UPDATED, {"budget": None}, id="b:1"))
         await worker.append(
             lease, [NewEvent(ev.STATUS_IDLE, {"stop_reason": {"type": "end_turn"}})]
         )
         state = await log.get_session(sid)
         assert (await worker.park(lease, state.next_seq)).parked
+        await log.emit_event(sid, make.message("m2"))
+        await worker.handover(await make.take(worker, sid))
+        await control.set_mode(NS, sid, "suspended", make.suspended(1))
+        await control.set_mode(NS, sid, "running", make.resumed(2))
+        again = await make.take(worker, sid)
+        await worker.append(
+            again, [NewEvent(ev.STATUS_IDLE, {"stop_reason": {"type": "end_turn"}})]
+        )
+        assert (await worker.park(again, (await log.get_session(sid)).next_seq)).parked
 
         fork = make.new_sid()
         note = NewEvent(ev.SESSION_FORKED, {"session": sid, "position": 4}, id="fork")
@@ -205,5 +206,4 @@ async def test_the_scripts_that_no_history_runs(store_url: str, twin: Twin) -> N
             await control.close(NS, one, make.deleted(), retain_s=0)
         assert await twin.compare_data(link, f"cowhand:{NS}:") > 3
         await link.close()
-    by_histories = {"handover", "put_hand", "put_sandbox", "set_mode"}
-    assert set(lua.load()) - set(twin.compared) <= by_histories
+    assert not set(lua.load()) - set(twin.compared)

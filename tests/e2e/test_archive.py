@@ -59,7 +59,13 @@ def installed(rig: Rig) -> None:
 def test_large_events_are_blobs_come_back_whole_and_go_with_the_session(rig: Rig) -> None:
     long = "".join(f"{n} " for n in range(RESPONSE // 6))
     marker = rig.model.script({"content": [say("Hello.")]}, {"content": [say(long)], "delta_ms": 0})
-    session = rig.session(f"{marker}", deletionPolicy="Delete")
+    agent = {
+        "model": {"id": "claude-sonnet-5-5"},
+        "system": "You are a test.",
+        # The message alone is larger than a window: a profile that renews it would.
+        "context": {"profile": "plain"},
+    }
+    session = rig.session(f"{marker}", agent=agent, deletionPolicy="Delete")
     session.wait_turn(1)
     assert files(rig, session.id) == {}, "small events are not in the archive"
     text = uuid.uuid4().hex * (MESSAGE // 32)

@@ -74,11 +74,25 @@ async def service_account(path: str, folder: Path) -> AsyncIterator[PodTransport
         text = await asyncio.to_thread(Path(path).read_text)
         cluster = yaml.safe_load(text)["clusters"][0]["cluster"]
         (folder / "ca.crt").write_bytes(base64.b64decode(cluster["certificate-authority-data"]))
-        yield PodTransport(cluster["server"], folder / "ca.crt", folder / "token")
+        way = PodTransport(cluster["server"], folder / "ca.crt", folder / "token")
+        await bound(way)
+        yield way
     finally:
         await admin.send("DELETE", f"{bindings}/{name}", {}, None)
         await admin.send("DELETE", f"{at}/{name}", {}, None)
         await admin.close()
+
+
+async def bound(way: PodTransport) -> None:
+    """Waits until the API server's authoriser, which watches bindings, has seen the new one."""
+    reviews = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+    question = {"spec": {"resourceAttributes": {"verb": "*", "group": "*", "resource": "*"}}}
+    async with asyncio.timeout(60):
+        while True:
+            answer = await way.send("POST", reviews, {"Content-Type": "application/json"}, question)
+            if answer.status == 201 and json.loads(answer.raw)["status"]["allowed"]:
+                return
+            await asyncio.sleep(0.1)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ that the log is at, from the beginning of a block and without a gap.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Final
@@ -17,6 +16,7 @@ from typing import Any, Final
 from multidict import MultiMapping
 
 from cowhand.errors import UserError
+from cowhand.gateway.iteration import leave, upcoming
 from cowhand.gateway.projection import Public, message_id
 from cowhand.session import events as ev
 from cowhand.session.events import Event
@@ -134,7 +134,7 @@ async def merged(
         while True:
             for index, source in enumerate(sources):
                 if pending[index] is None:
-                    pending[index] = asyncio.ensure_future(_next(source))
+                    pending[index] = upcoming(source)
             await asyncio.wait(
                 [one for one in pending if one is not None], return_when=asyncio.FIRST_COMPLETED
             )
@@ -148,14 +148,4 @@ async def merged(
             yield item
     finally:
         for future, source in zip(pending, sources, strict=True):
-            if future is not None:
-                future.cancel()
-                with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
-                    await future
-            close = getattr(source, "aclose", None)
-            if close is not None:
-                await close()
-
-
-async def _next(source: AsyncIterator[Any]) -> Any:
-    return await source.__anext__()
+            await leave((future,), source)

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from cowhand.gateway.iteration import leave, upcoming
 from cowhand.session.events import SESSION_DELETED, STATUS_TERMINATED, Event
 
 PING_S: Final = 10.0
@@ -64,7 +65,7 @@ class Follower:
         try:
             while not self.stopping.is_set():
                 if pending is None:
-                    pending = asyncio.ensure_future(_next(source))
+                    pending = upcoming(source)
                 both: set[asyncio.Future[Any]] = {pending, stop}
                 await asyncio.wait(both, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED)
                 if loop.time() - checked >= CHECK_S:
@@ -90,27 +91,8 @@ class Follower:
                 with contextlib.suppress(AttributeError):
                     self.transport.abort()
         finally:
-            await _end(stop, pending, source)
+            await leave((stop, pending), source)
 
     async def _write(self, data: bytes) -> None:
         if data:
             await asyncio.wait_for(self.response.write(data), STALLED_S)
-
-
-async def _next(source: AsyncIterator[Any]) -> Any:
-    return await source.__anext__()
-
-
-async def _end(
-    stop: asyncio.Future[Any],
-    pending: asyncio.Future[Any] | None,
-    source: AsyncIterator[Any],
-) -> None:
-    for future in (stop, pending):
-        if future is not None:
-            future.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
-                await future
-    close = getattr(source, "aclose", None)
-    if close is not None:
-        await close()

@@ -11,8 +11,8 @@ import re
 from typing import Final
 
 from cowhand.errors import UserError
-from cowhand.proxy.client import Origin, Pool, UpstreamError, client_tls
-from cowhand.proxy.http1 import Headers, Limits
+from cowhand.proxy.client import UpstreamError, trusted_pool
+from cowhand.proxy.http1 import Headers
 from cowhand.proxy.relay import relay
 from cowhand.proxy.server import Exchange, Refusal
 
@@ -52,20 +52,12 @@ class ArchiveRelay:
     """
 
     def __init__(self, url: str, ca_file: str, token_file: str, namespace: str) -> None:
-        origin = Origin.parse(url)
-        if origin.scheme != "https":
-            raise UserError("COWHAND_ARCHIVE_URL must begin with https://.", field="ARCHIVE_URL")
+        self._pool = trusted_pool(url, ca_file, "ARCHIVE_URL")
         if not _NAMESPACE.fullmatch(namespace):
             text = "COWHAND_NAMESPACE must be the pod's namespace where there is an archive."
             raise UserError(text, field="NAMESPACE")
-        try:
-            tls = client_tls(ca_file)
-        except OSError as err:
-            text = f"The CA file {ca_file} cannot be read: {err.strerror or err}."
-            raise UserError(text, field="CA_FILE") from err
         self._token_file = token_file
         self._namespace = namespace
-        self._pool = Pool(origin, tls, limits=Limits(handshake_s=5.0))
 
     async def __call__(self, exchange: Exchange) -> None:
         """Answer one request; raises Refusal."""

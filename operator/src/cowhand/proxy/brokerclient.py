@@ -11,9 +11,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from cowhand.errors import BrokerUnavailable, CowhandError, UserError
-from cowhand.proxy.client import Connection, Origin, Pool, UpstreamError, client_tls
-from cowhand.proxy.http1 import Headers, Limits
+from cowhand.errors import BrokerUnavailable, CowhandError
+from cowhand.proxy.client import Connection, UpstreamError, trusted_pool
+from cowhand.proxy.http1 import Headers
 
 MAX_ANSWER: Final = 256 * 1024
 """Longest answer of the broker that is read, in bytes."""
@@ -44,17 +44,9 @@ class BrokerClient:
     """
 
     def __init__(self, url: str, ca_file: str, token_file: str, *, timeout_s: float = 10.0) -> None:
-        origin = Origin.parse(url)
-        if origin.scheme != "https":
-            raise UserError("COWHAND_BROKER_URL must begin with https://.", field="BROKER_URL")
-        try:
-            tls = client_tls(ca_file)
-        except OSError as err:
-            text = f"The CA file {ca_file} cannot be read: {err.strerror or err}."
-            raise UserError(text, field="CA_FILE") from err
         self._token_file = token_file
         self._timeout_s = timeout_s
-        self._pool = Pool(origin, tls, limits=Limits(handshake_s=5.0))
+        self._pool = trusted_pool(url, ca_file, "BROKER_URL")
 
     async def register(self, port: int, cert_sha256: str) -> dict[str, Any]:
         """Announce this sandbox; see docs/interfaces.md section 8."""

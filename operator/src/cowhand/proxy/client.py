@@ -307,6 +307,28 @@ class Pool:
         self._idle.clear()
 
 
+def trusted_pool(url: str, ca_file: str, setting: str) -> Pool:
+    """Connections to a server of Cowhand's own.
+
+    Args:
+        url: `https://host[:port]`.
+        ca_file: PEM file with the CA of its certificate.
+        setting: name of the setting that holds `url`, without `COWHAND_`.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
+    origin = Origin.parse(url)
+    if origin.scheme != "https":
+        raise UserError(f"COWHAND_{setting} must begin with https://.", field=setting)
+    try:
+        tls = client_tls(ca_file)
+    except OSError as err:
+        text = f"The CA file {ca_file} cannot be read: {err.strerror or err}."
+        raise UserError(text, field="CA_FILE") from err
+    return Pool(origin, tls, limits=Limits(handshake_s=5.0))
+
+
 def client_tls(ca_file: str = "") -> ssl.SSLContext:
     """A context that verifies chain and name: against `ca_file`, or the system's roots if empty."""
     context = ssl.create_default_context(cafile=ca_file or None)

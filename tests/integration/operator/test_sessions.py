@@ -235,7 +235,7 @@ async def test_a_dead_store_is_said_and_healed(rig: Rig) -> None:
     assert await rig.condition(AS, "one", "Ready") == ("False", "StoreUnavailable")
     assert await rig.condition(AS, "one", "Reconciling") == ("True", "StoreUnavailable")
     rig.log.down = False
-    rig.logs._down = None
+    rig.logs._breaker._down = None
     await rig.look(AS, "one")
     assert await rig.condition(AS, "one", "Ready") == ("True", "Accepted")
     assert len(rig.log) == 1
@@ -272,7 +272,7 @@ async def test_deletion_gives_up_on_a_dead_store_and_finishes_later(rig: Rig, ho
     await rig.orphans.sweep()
     assert len(rig.orphans) == 1
     setattr(rig.log, how, False)
-    rig.logs._down = None
+    rig.logs._breaker._down = None
     await rig.orphans.sweep()
     assert rig.log.types(NS, sid)[-1] == "session.deleted"
     assert len(rig.orphans) == 0

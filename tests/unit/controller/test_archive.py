@@ -49,7 +49,7 @@ async def test_a_call_that_hangs_ends_and_the_next_do_not_wait() -> None:
     assert plain.asked == 1
     with pytest.raises(ArchiveUnavailable):
         await careful.segment("ns", SID, Span(1, 2))
-    careful._down = None  # the pause is over
+    careful._breaker._down = None  # the pause is over
     assert await careful.segments("ns", SID) == []
 
 

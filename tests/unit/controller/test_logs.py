@@ -26,7 +26,7 @@ async def test_it_is_tried_again_and_works() -> None:
     with pytest.raises(StoreUnavailable):
         await logs.call(lambda: log.backlog("ns"))
     log.down = False
-    logs._down = None  # the pause is over
+    logs._breaker._down = None  # the pause is over
     assert (await logs.call(lambda: log.backlog("ns"))).ready == 0
 
 

@@ -6,14 +6,11 @@ before those of `logs.Logs` do, which would take the store for dead, and after a
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from typing import Final
 
+from cowhand.controller.breaker import Breaker
 from cowhand.errors import ArchiveUnavailable
 from cowhand.session.blobs import Archive, Span
-
-T = TypeVar("T")
 
 LIMIT_S: Final = 3.0
 """Longest wait for one call; less than `logs.LIMIT_S`."""
@@ -27,41 +24,25 @@ class CarefulArchive(Archive):
 
     def __init__(self, archive: Archive, *, limit_s: float = LIMIT_S) -> None:
         self._archive = archive
-        self._limit_s = limit_s
-        self._down: tuple[float, str] | None = None
+        failures = (ArchiveUnavailable,)
+        self._breaker = Breaker("the archive", ArchiveUnavailable, limit_s, PAUSE_S, failures)
 
     async def put_blob(self, namespace: str, session_id: str, payload: bytes) -> str:
         """See `Archive.put_blob`."""
-        return await self._call(lambda: self._archive.put_blob(namespace, session_id, payload))
+        return await self._breaker.call(
+            lambda: self._archive.put_blob(namespace, session_id, payload)
+        )
 
     async def get_blob(self, namespace: str, session_id: str, sha256: str) -> bytes:
         """See `Archive.get_blob`."""
-        return await self._call(lambda: self._archive.get_blob(namespace, session_id, sha256))
+        return await self._breaker.call(
+            lambda: self._archive.get_blob(namespace, session_id, sha256)
+        )
 
     async def segments(self, namespace: str, session_id: str) -> list[Span]:
         """See `Archive.segments`."""
-        return await self._call(lambda: self._archive.segments(namespace, session_id))
+        return await self._breaker.call(lambda: self._archive.segments(namespace, session_id))
 
     async def segment(self, namespace: str, session_id: str, span: Span) -> bytes:
         """See `Archive.segment`."""
-        return await self._call(lambda: self._archive.segment(namespace, session_id, span))
-
-    async def _call(self, start: Callable[[], Awaitable[T]]) -> T:
-        now = asyncio.get_running_loop().time()
-        if self._down is not None and now < self._down[0]:
-            raise ArchiveUnavailable(self._down[1])
-        try:
-            async with asyncio.timeout(self._limit_s):
-                answer = await start()
-        except TimeoutError as err:
-            text = f"the archive did not answer within {self._limit_s:g} s"
-            self._trip(text)
-            raise ArchiveUnavailable(text) from err
-        except ArchiveUnavailable as err:
-            self._trip(str(err))
-            raise
-        self._down = None
-        return answer
-
-    def _trip(self, text: str) -> None:
-        self._down = (asyncio.get_running_loop().time() + PAUSE_S, text)
+        return await self._breaker.call(lambda: self._archive.segment(namespace, session_id, span))

@@ -7,10 +7,10 @@ other.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
+from cowhand.controller.breaker import Breaker
 from cowhand.errors import (
     ArchiveUnavailable,
     Denied,
@@ -42,8 +42,15 @@ class Logs:
         """`sessions` answers the `SessionLog` of a namespace."""
         self.control = control
         self._sessions = sessions
-        self._limit_s = limit_s
-        self._down: tuple[float, str] | None = None
+        self._breaker = Breaker(
+            "The store of the log",
+            StoreUnavailable,
+            limit_s,
+            PAUSE_S,
+            failures=(StoreUnavailable, StoreMismatch, Denied),
+            # One tenant's or one session's trouble; the store itself answers.
+            passing=(QuotaExceeded, ArchiveUnavailable),
+        )
 
     def sessions(self, namespace: str) -> SessionLog:
         """The log of a tenant."""
@@ -57,26 +64,4 @@ class Logs:
             QuotaExceeded: this tenant has no room left.
             ArchiveUnavailable: this call needs the archive, which does not answer.
         """
-        now = asyncio.get_running_loop().time()
-        if self._down is not None and now < self._down[0]:
-            raise StoreUnavailable(self._down[1])
-        try:
-            async with asyncio.timeout(self._limit_s):
-                answer = await start()
-        except TimeoutError as err:
-            text = f"The store of the log did not answer within {self._limit_s:g} s"
-            self._trip(text)
-            raise StoreUnavailable(text) from err
-        except (QuotaExceeded, ArchiveUnavailable):
-            raise  # this tenant's or this session's trouble; the store itself answers
-        except StoreUnavailable as err:
-            self._trip(str(err))
-            raise
-        except (StoreMismatch, Denied) as err:
-            self._trip(str(err))
-            raise StoreUnavailable(str(err)) from err
-        self._down = None
-        return answer
-
-    def _trip(self, text: str) -> None:
-        self._down = (asyncio.get_running_loop().time() + PAUSE_S, text)
+        return await self._breaker.call(start)

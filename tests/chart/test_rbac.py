@@ -21,6 +21,8 @@ WHY: dict[str, dict[str, dict[str, str]]] = {
             "create": "the store's identity, once (a create cannot be limited to a name)"
         },
         "/configmaps[cowhand-store-identity]": {"get": "the store's identity"},
+        "/events": {"create": "the store keeps less than demanded, or keeps it again"},
+        "apps/deployments[cowhand-operator]": {"get": "whose Events these are: their uid"},
     },
     "cowhand-operator @ tenant": {
         "/configmaps": {"get": "spec.resources: says which ConfigMap or key is missing"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,6 +19,7 @@ from cowhand.kube import kinds
 from cowhand.kube.client import Kube
 from cowhand.kube.kinds import Kind
 from cowhand.reconcile.scaling import ScaleSettings
+from cowhand.reconcile.store_profile import StoreProfile
 from support.memory_kube import MemoryKube
 from support.memory_log import MemoryLog
 
@@ -33,9 +35,13 @@ WATCHED = (
 
 
 class Rig:
-    """One operator. `kube_for` wraps the API that the operator sees (leader tests)."""
+    """One operator. `wrap` wraps the API that it sees (leader tests), `store` answers what the store keeps."""
 
-    def __init__(self, wrap: Any = None) -> None:
+    def __init__(
+        self,
+        wrap: Any = None,
+        store: Callable[[], StoreProfile | None] = lambda: StoreProfile("dev", "dev"),
+    ) -> None:
         self.kube = MemoryKube()
         self.log = MemoryLog()
         self.now = datetime.now(UTC)
@@ -54,6 +60,7 @@ class Rig:
             retain_s=RETAIN_S,
             orphans=self.orphans,
             clock=lambda: self.now,
+            store=store,
         )
         self.sandbox_controller = SandboxController(
             kube,

@@ -20,9 +20,11 @@ from cowhand.reconcile.session_snapshot import (
     SessionSnapshot,
     Unreachable,
 )
+from cowhand.reconcile.store_profile import StoreProfile
 
 NOW = datetime(2026, 11, 21, 9, 0, tzinfo=UTC)
 SID = "sesn_" + "0" * 32
+WEAK = StoreProfile("strict", "dev", True, ("0 of 1 replicas are in step with it: add replicas",))
 
 
 def session(
@@ -86,6 +88,13 @@ def table() -> dict[str, SessionSnapshot]:
         "ended in mid-turn": snapshot(view(state="closed")),
         "rolled back": snapshot(view("end_turn"), session(status={"sessionID": SID, "lastSeq": 9})),
         "ended after a failure": snapshot(view("refusal", state="closed")),
+        "dev": snapshot(view(), store=StoreProfile("dev", "dev")),
+        "standard": snapshot(view(), store=StoreProfile("standard", "standard")),
+        "strict": snapshot(view(), store=StoreProfile("strict", "strict")),
+        "managed": snapshot(view(), store=StoreProfile("managed", "managed")),
+        "weaker": snapshot(view(), store=WEAK),
+        "weaker, store down": snapshot(Unreachable("no answer"), store=WEAK),
+        "weaker, over quota": snapshot(Unreachable("over its quota", full=True), store=WEAK),
     }
     return snaps
 
@@ -119,6 +128,23 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "ended in mid-turn": {"TurnComplete": ("True", "Error"), "Succeeded": ("False", "Terminated")},
     "rolled back": {"Ready": ("False", "LogRolledBack"), "Stalled": ("True", "LogRolledBack")},
     "ended after a failure": {"Succeeded": ("False", "Refused")},
+    "dev": {"StoreDurable": ("True", "Dev")},
+    "standard": {"StoreDurable": ("True", "Standard")},
+    "strict": {"StoreDurable": ("True", "Strict")},
+    "managed": {"StoreDurable": ("True", "Managed")},
+    "weaker": {"StoreDurable": ("False", "WeakerThanDemanded"), "Ready": ("True", "Accepted")},
+    "weaker, store down": {
+        "StoreDurable": ("Unknown", "StoreUnavailable"),
+        "Reconciling": ("True", "StoreUnavailable"),
+    },
+    "weaker, over quota": {
+        "StoreDurable": ("False", "WeakerThanDemanded"),
+        "Reconciling": ("True", "QuotaExceeded"),
+    },
+    "store down": {
+        "StoreDurable": ("Unknown", "StoreUnavailable"),
+        "Reconciling": ("True", "StoreUnavailable"),
+    },
 }
 
 
@@ -152,6 +178,21 @@ def test_same_snapshot_same_plan_and_a_written_status_is_quiet() -> None:
 def test_nothing_is_created_for_what_cannot_run() -> None:
     for name, snap in table().items():
         assert reconcile_session(snap, NOW).create is (name == "new")
+
+
+def test_what_the_store_keeps_is_said_once_and_decides_nothing() -> None:
+    weaker, plain = (reconcile_session(table()[name], NOW) for name in ("weaker", "created"))
+    assert weaker.status is not None
+    text = next(c.message for c in weaker.status.conditions if c.type == "StoreDurable")
+    assert "strict is demanded, the store keeps dev: 0 of 1 replicas" in text
+    assert replace(weaker, status=None) == replace(plain, status=None)
+    assert "StoreDurable" not in found(reconcile_session(table()["not served"], NOW))
+    shown = session().model_copy(update={"status": weaker.status})
+    same = snapshot(view(), shown, store=WEAK, written=NOW)
+    better = snapshot(view(), shown, store=StoreProfile("strict", "strict"), written=NOW)
+    soon = NOW + timedelta(seconds=1)
+    assert reconcile_session(same, soon).status is None
+    assert reconcile_session(better, soon).status is not None, "not held back as counters are"
 
 
 def test_the_finalizer_comes_before_the_session() -> None:

@@ -37,6 +37,9 @@ PROJECTION_SWEEP_S: Final = 60.0
 PROJECTION_ROUNDS: Final = 50
 """Batches that one pass takes of one tenant: who fills its own set must not keep the others waiting."""
 
+REFRESH_RATE: Final = 20.0
+"""Sessions a second that are looked at because of something that all of them show."""
+
 _POD_SELECTOR: Final = f"{labels.APP_NAME}={labels.APP_NAME_VALUE}"
 
 log = logging.getLogger(__name__)
@@ -259,6 +262,11 @@ class Operator:
             elif known.harness:
                 self.workers.add((key[0], known.uid))
             self._known[kind].pop(key, None)
+
+    def refresh_sessions(self) -> None:
+        """Look at every known session again, `REFRESH_RATE` a second: what all of them show has changed."""
+        for index, key in enumerate(sorted(self._known[kinds.AGENT_SESSION])):
+            self.sessions.add(key, index / REFRESH_RATE)
 
     # -- loops -------------------------------------------------------------------------------------
 

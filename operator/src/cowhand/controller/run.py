@@ -29,6 +29,7 @@ from cowhand.controller.quotas import QuotaController
 from cowhand.controller.sandboxes import SandboxConfig, SandboxController
 from cowhand.controller.scaling import Scaler
 from cowhand.controller.sessions import SessionController
+from cowhand.controller.store_profile import StoreProfileWatch
 from cowhand.desired.sandbox_pod import PodConfig
 from cowhand.errors import UserError
 from cowhand.kube.client import Kube, connect
@@ -48,7 +49,11 @@ def now() -> datetime:
 
 
 def build(
-    settings: OperatorSettings, kube: Kube, logs: Logs, limits: tuple[int, int]
+    settings: OperatorSettings,
+    kube: Kube,
+    logs: Logs,
+    limits: tuple[int, int],
+    watch: StoreProfileWatch,
 ) -> tuple[Operator, Scaler]:
     """All parts of the operator, connected.
 
@@ -57,6 +62,7 @@ def build(
         kube: the Kubernetes API.
         logs: the store.
         limits: most bytes of an event, and of one that stands in the store itself.
+        watch: what the store keeps; a change is shown by all sessions.
 
     Raises:
         UserError: the default environment of the chart is not valid.
@@ -85,6 +91,7 @@ def build(
         retain_s=settings.retain_s,
         orphans=orphans,
         clock=now,
+        store=watch.profile,
     )
     sandboxes = SandboxController(
         kube,
@@ -105,6 +112,7 @@ def build(
         sandboxes=sandboxes,
         orphans=orphans,
     )
+    watch.changed = operator.refresh_sessions
     scaler = Scaler(
         kube,
         logs,
@@ -149,13 +157,21 @@ async def _run(settings: OperatorSettings, ready_file: Path) -> None:
         metrics.LEADING.set(1)
         logs = Logs(store.control_log(), lambda namespace: store.session_log(namespace))
         limits = (store.payloads.event_limit, store.payloads.inline_limit)
-        operator, scaler = build(settings, LeaderKube(kube, elector.leading), logs, limits)
+        writer = LeaderKube(kube, elector.leading)
+        watch = StoreProfileWatch(
+            lambda: store.durability.verdict,
+            *(writer, settings.namespace, settings.identity),
+            clock=now,
+        )
+        await watch.look()
+        operator, scaler = build(settings, writer, logs, limits, watch)
         quotas = QuotaController(store.control_log(), settings.tenants, settings.tenant_quota)
         await _until_first(
             elector.hold(),
             operator.run(),
             scaler.run(),
             quotas.run(),
+            watch.run(),
             _watch(settings, operator),
         )
     finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
@@ -28,6 +28,7 @@ from cowhand.reconcile.session_snapshot import (
     SessionSnapshot,
     Unreachable,
 )
+from cowhand.reconcile.store_profile import StoreProfile
 from cowhand.session.log import HandRecord
 
 Key = tuple[str, str]
@@ -56,12 +57,20 @@ class SessionObserver:
     """
 
     def __init__(
-        self, kube: Kube, logs: Logs, *, tenants: frozenset[str], defaults: FreezeDefaults
+        self,
+        kube: Kube,
+        logs: Logs,
+        *,
+        tenants: frozenset[str],
+        defaults: FreezeDefaults,
+        store: Callable[[], StoreProfile | None],
     ) -> None:
+        """`store` answers what the store is believed to keep."""
         self._kube = kube
         self._logs = logs
         self._tenants = tenants
         self._defaults = defaults
+        self._store = store
         self._created: OrderedDict[str, Mapping[str, Any]] = OrderedDict()
         self._seen: OrderedDict[str, int] = OrderedDict()
         self.waiting: set[Key] = set()
@@ -79,6 +88,7 @@ class SessionObserver:
             refusal=Refusal("InvalidSpec", problem) if problem else None,
             finalized=labels.FINALIZER in session.metadata.finalizers,
             written=written,
+            store=self._store(),
         )
         if not snap.served:
             return snap

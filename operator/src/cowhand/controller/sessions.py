@@ -34,6 +34,7 @@ from cowhand.reconcile.session_snapshot import (
     Unreachable,
     Wish,
 )
+from cowhand.reconcile.store_profile import StoreProfile
 from cowhand.session.events import SESSION_DELETED, NewEvent
 from cowhand.session.log import HandRecord
 from cowhand.telemetry.logging import bound
@@ -59,14 +60,18 @@ class SessionController:
         retain_s: int,
         orphans: Orphans,
         clock: Callable[[], datetime],
+        store: Callable[[], StoreProfile | None] = lambda: None,
     ) -> None:
+        """`store` answers what the store is believed to keep (`controller.store_profile`)."""
         self._kube = kube
         self._logs = logs
         self._retain_s = retain_s
         self._orphans = orphans
         self._clock = clock
         self._written: dict[Key, datetime] = {}
-        self._observer = SessionObserver(kube, logs, tenants=tenants, defaults=defaults)
+        self._observer = SessionObserver(
+            kube, logs, tenants=tenants, defaults=defaults, store=store
+        )
 
     @property
     def waiting(self) -> set[Key]:

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from cowhand.api.v1alpha1 import AgentSession, AgentSessionStatus, OperatingMode, PinnedAgent
+from cowhand.reconcile.store_profile import StoreProfile
 
 RecordState = Literal["Pending", "Ready", "Failed", "Lost"]
 
@@ -112,6 +113,7 @@ class SessionSnapshot:
         finalized: our finalizer is on the object.
         written: when the status was last written by this process, None for never.
         seen: highest position of the log that this process has seen before, 0 for none.
+        store: what the store is believed to keep, None if it was never seen.
     """
 
     session: AgentSession
@@ -130,6 +132,7 @@ class SessionSnapshot:
     finalized: bool = True
     written: datetime | None = None
     seen: int = 0
+    store: StoreProfile | None = None
 
     @property
     def deleting(self) -> bool:

@@ -30,6 +30,7 @@ from cowhand.api.v1alpha1.reasons import (
 from cowhand.reconcile import conditions
 from cowhand.reconcile.conditions import Observed
 from cowhand.reconcile.session_snapshot import Absent, LogView, SessionSnapshot, Unreachable
+from cowhand.reconcile.store_profile import store_durable
 
 _TURN: Final[Mapping[str, tuple[TurnComplete, Succeeded]]] = {
     "end_turn": (TurnComplete.END_TURN, Succeeded.IDLE),
@@ -78,6 +79,9 @@ def session_status(snap: SessionSnapshot, now: datetime) -> AgentSessionStatus:
     old = snap.session.status
     observed = [item for item in (ready(snap), _reconciling(snap), _stalled(snap)) if item]
     observed += [_turn_complete(snap), _succeeded(snap)]
+    if snap.served:
+        down = isinstance(snap.log, Unreachable) and not snap.log.full
+        observed.append(store_durable(snap.store, ready(snap).message if down else ""))
     merged = conditions.merge(
         old.conditions, observed, generation=snap.session.metadata.generation, now=now
     )

@@ -184,7 +184,11 @@ class Durability:
         server = read_server(info.decode(errors="replace"), await self._fsync())
         if not server.primary:
             raise StoreUnavailable("the store that answers is a replica: is a failover going on?")
-        verdict = judge(config.profile, config.replicas, server)
+        try:
+            verdict = judge(config.profile, config.replicas, server)
+        except StoreTooWeak as err:
+            self._tell(Verdict(config.profile, "none", str(server), (str(err),)))
+            raise
         self._tell(verdict)
         return verdict
 

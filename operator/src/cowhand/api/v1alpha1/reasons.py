@@ -30,6 +30,7 @@ class SessionCondition(StrEnum):
     STALLED = "Stalled"
     TURN_COMPLETE = "TurnComplete"
     SUCCEEDED = "Succeeded"
+    STORE_DURABLE = "StoreDurable"
 
 
 class SandboxCondition(StrEnum):
@@ -162,6 +163,22 @@ class Succeeded(Reason):
     SUSPENDED = "Suspended", "Unknown: the session is suspended."
 
 
+class StoreDurable(Reason):
+    """Reasons of AgentSession StoreDurable: the store keeps the log as `store.profile` demands."""
+
+    DEV = "Dev", "True: profile dev is demanded and kept."
+    STANDARD = "Standard", "True: profile standard is demanded and kept."
+    STRICT = "Strict", "True: profile strict is demanded and kept."
+    MANAGED = "Managed", "True: profile managed: the provider's word is taken for it."
+    WEAKER_THAN_DEMANDED = (
+        "WeakerThanDemanded",
+        "False: the store keeps less than store.profile demands; the message says what, why and what to "
+        "do. Under store.allowWeaker the session runs all the same.",
+    )
+    STORE_UNAVAILABLE = "StoreUnavailable", "Unknown: the store of the log does not answer."
+    NOT_OBSERVED = "NotObserved", "Unknown: the operator could not look at the store yet."
+
+
 class SandboxReady(Reason):
     """Reasons of Sandbox Ready: a session can execute in it."""
 
@@ -259,6 +276,7 @@ REASONS: dict[str, dict[str, type[Reason]]] = {
         SessionCondition.STALLED: SessionStalled,
         SessionCondition.TURN_COMPLETE: TurnComplete,
         SessionCondition.SUCCEEDED: Succeeded,
+        SessionCondition.STORE_DURABLE: StoreDurable,
     },
     "Sandbox": {
         SandboxCondition.READY: SandboxReady,

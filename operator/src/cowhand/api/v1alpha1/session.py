@@ -224,7 +224,7 @@ class AgentSessionStatus(StatusModel):
     conditions: Annotated[
         tuple[Condition, ...], Field(max_length=16, json_schema_extra=list_map("type"))
     ] = ()
-    """conditions are Ready, Reconciling, Stalled, TurnComplete and Succeeded."""
+    """conditions are Ready, Reconciling, Stalled, TurnComplete, Succeeded and StoreDurable."""
     observed_generation: Annotated[Int64, Field(ge=-1)] = -1
     """observedGeneration is the generation that the operator has acted upon, -1 before the first."""
     session_id: Annotated[str, Field(max_length=64)] = ""

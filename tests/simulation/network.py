@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import hiredis
 from redis import exceptions as redis_errors
 
 from simulation.loop import PROCESS, Process, SimLoop
@@ -156,6 +157,19 @@ class StoreServer:
         return heard
 
 
+def unpacked(packed: Iterable[bytes]) -> list[list[bytes]]:
+    """The commands that were sent, as a server reads them: words of bytes."""
+    reader = hiredis.Reader()
+    for piece in packed:
+        reader.feed(piece)
+    found: list[list[bytes]] = []
+    while reader.has_data():
+        words = reader.gets()
+        assert isinstance(words, list), "half a command was sent"
+        found.append(words)
+    return found
+
+
 def _text(word: Any) -> str:
     return word.decode(errors="replace") if isinstance(word, bytes) else str(word)
 
@@ -186,12 +200,13 @@ class StoreConnection:
         self._server.connections.add(self)
         self._process.on_end.append(self.broken)
 
-    def pack_commands(self, commands: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
-        return [tuple(words) for words in commands]
+    def pack_commands(self, commands: Sequence[Sequence[Any]]) -> list[bytes]:
+        return [hiredis.pack_command(tuple(words)) for words in commands]
 
-    async def send_packed_command(self, commands: Any, check_health: bool = True) -> None:
+    async def send_packed_command(self, packed: list[bytes], check_health: bool = True) -> None:
         if self.closed:
             raise redis_errors.ConnectionError("connection reset")
+        commands = unpacked(packed)
         faults, rng = self._server.faults, self._server.rng
         chance = rng.random()
         if chance < faults.before:

@@ -236,14 +236,14 @@ class World:
             except Retryable:
                 await asyncio.sleep(0.3)
 
-    def _before(self, words: Any) -> None:
+    def _before(self, words: Sequence[bytes]) -> None:
         """A command has arrived at the store: input that comes just before it."""
-        if len(words) < 10 or words[1] != self.scripts["append"].sha:
+        if len(words) < 10 or words[1] != self.scripts["append"].sha.encode():
             return
         waiting = [a for a in self.scenario.actions if a.when == "before" and not a.done]
         if not waiting:
             return
-        args = [_bytes(word) for word in words[3 + int(words[2]) :]]
+        args = words[3 + int(words[2]) :]
         if self.meta().get(b"lease") != args[2] or int(self.meta()[b"wseq"]) + 1 != int(args[3]):
             return
         for at in range(7, len(args) - 1, 2):
@@ -552,10 +552,6 @@ class World:
     def close(self) -> None:
         with _deterministic(self):
             self.loop.discard()
-
-
-def _bytes(word: Any) -> bytes:
-    return word if isinstance(word, bytes) else str(word).encode()
 
 
 def _model_error(kind: str) -> ModelError:

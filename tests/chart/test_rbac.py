@@ -126,6 +126,9 @@ WHY: dict[str, dict[str, dict[str, str]]] = {
     "cowhand-admin @ cluster": {
         "cowhand.dev/agentsessions/systemmessages": {"create": "admins: cowhand send --system"},
     },
+    "cowhand-restore @ cluster": {
+        "cowhand.dev/agentsessions/restore": {"create": "cowhand restore; bound to nobody"},
+    },
     "cowhand-connect @ system": {
         "/configmaps[cowhand-ca]": {"get": "the CLI checks the gateway's certificate"},
         "/pods": {"get": "port-forward to the gateway", "list": "port-forward to the gateway"},
@@ -292,4 +295,5 @@ def test_roles_and_bindings_belong_together(render: Render) -> None:
             used.add(key)
             assert {(s["namespace"], s["name"]) for s in item["subjects"]} <= accounts
     unbound = {key[2] for key in roles - used}
-    assert unbound == {"cowhand-view", "cowhand-edit", "cowhand-admin", "cowhand-connect"}
+    people = ("view", "edit", "admin", "restore", "connect")
+    assert unbound == {f"cowhand-{name}" for name in people}

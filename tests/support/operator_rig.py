@@ -35,18 +35,29 @@ WATCHED = (
 
 
 class Rig:
-    """One operator. `wrap` wraps the API that it sees (leader tests), `store` answers what the store keeps."""
+    """One operator.
+
+    Args:
+        wrap: wraps the API that the operator sees (leader tests).
+        store: answers what the store keeps.
+        real_store: a `session.store.Store`, instead of the log in memory.
+    """
 
     def __init__(
         self,
         wrap: Any = None,
         store: Callable[[], StoreProfile | None] = lambda: StoreProfile("dev", "dev"),
+        *,
+        real_store: Any = None,
     ) -> None:
         self.kube = MemoryKube()
         self.log = MemoryLog()
         self.now = datetime.now(UTC)
         kube: Kube = wrap(self.kube) if wrap else self.kube
-        logs = Logs(self.log, self.log.of, limit_s=0.05)
+        if real_store is None:
+            logs = Logs(self.log, self.log.of, limit_s=0.05)
+        else:
+            logs = Logs(real_store.control_log(), real_store.session_log, limit_s=30.0)
         self.logs = logs
         environment = EnvironmentSpec()
         self.orphans = Orphans(logs, RETAIN_S)

@@ -209,24 +209,3 @@ async def test_a_weaker_store_that_is_allowed_serves_on(start, monkeypatch):
         async with connect(config(server, profile, allow_weaker=True), namespace="team-a") as store:
             await make.start(store.session_log())
             await make.start(store.session_log())
-
-
-async def test_barriers_that_are_asked_for_together_are_one(pair, monkeypatch):
-    """Else each would wait for the replicas behind the mark of the one before."""
-    primary, _ = pair
-    async with connect(config(primary, "standard"), namespace="team-a") as store:
-        await make.start(store.session_log())
-        marks = 0
-        plain = store.writes.call_on
-
-        async def counted(*command: str | bytes | int) -> tuple[object, int]:
-            nonlocal marks
-            marks += command[0] == "WAIT"
-            return await plain(*command)
-
-        monkeypatch.setattr(store.writes, "call_on", counted)
-        generations = await asyncio.gather(*(store.wait(store.keys()) for _ in range(20)))
-        assert len({*generations}) == 1
-        assert marks == 1
-        await store.wait(store.keys())
-        assert marks == 2

@@ -111,6 +111,34 @@ async def test_a_session_in_mid_turn_comes_back_suspended_and_goes_on_when_resum
     assert isinstance(await log_roles.worker.claim(sid), Lease)
 
 
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (ev.USER_MESSAGE, {"content": [{"type": "text", "text": "hi"}]}),
+        (ev.USER_TOOL_CONFIRMATION, {"tool_use_id": "toolu_1", "result": "allow"}),
+        (ev.USER_CUSTOM_TOOL_RESULT, {"custom_tool_use_id": "toolu_1", "content": []}),
+        (ev.SYSTEM_MESSAGE, {"content": [{"type": "text", "text": "hi"}]}),
+    ],
+)
+async def test_input_that_waited_in_the_backup_wakes_the_session(log_roles, kind, data):
+    sid = await make.start(log_roles.log)
+    await run(log_roles, sid)
+    await log_roles.log.emit_event(sid, NewEvent(kind, data, id="waits"))
+    kept = await backup(log_roles, sid)
+    await forget(log_roles, sid)
+    await put_back(log_roles, kept)
+    state = await log_roles.log.get_session(sid)
+    if kind == ev.SYSTEM_MESSAGE:
+        # Control: it starts no turn, so there is nothing to hold back.
+        assert (state.state, state.mode) == ("idle", "running")
+        return
+    assert (state.state, state.mode) == ("rescheduling", "suspended")
+    before = (await log_roles.control.backlog(NS)).ready
+    await log_roles.control.set_mode(NS, sid, "running", make.resumed())
+    assert (await log_roles.control.backlog(NS)).ready == before + 1
+    assert isinstance(await log_roles.worker.claim(sid), Lease)
+
+
 async def test_the_lost_tail_comes_back_and_old_leases_stay_fenced(log_roles):
     sid = await make.start(log_roles.log)
     lease = await run(log_roles, sid, results=150)
@@ -230,6 +258,68 @@ async def test_large_payloads_become_blobs_again(store_url):
         assert len(archive.blobs[NS, sid]) == 1
         raw = await store.archive_log().stored(NS, sid, 1, 9, 10**9)
         assert len(raw[1].payload) < 1000
+
+
+async def test_a_dry_run_says_what_would_be_done_and_does_nothing(log_roles):
+    async def look(export: Export) -> Restored:
+        events = stream(export.events)
+        return await log_roles.log.restore_session(export.header, events, dry_run=True)
+
+    sid = await make.start(log_roles.log)
+    await run(log_roles, sid, results=150)
+    kept = await backup(log_roles, sid)
+    last = kept.header.last_seq
+    assert await look(kept) == Restored("unchanged", last, last)
+    await lose(log_roles, sid, 70)
+    before = await log_roles.store.reads.call("SCAN", 0, "COUNT", 10000)
+    assert await look(kept) == Restored("extended", 70, last)
+    assert len(await log_roles.log.get_events(sid)) == 70
+    await forget(log_roles, sid)
+    assert await look(kept) == Restored("restored", 0, last)
+    with pytest.raises(SessionNotFound):
+        await log_roles.log.get_session(sid)
+    # Nothing was staged either.
+    found = await log_roles.store.reads.call("SCAN", 0, "COUNT", 10000)
+    assert set(found[1]) <= set(before[1])
+
+
+async def test_the_suspension_of_a_session_without_its_object_gives_way_to_the_lost_tail(log_roles):
+    sid = await make.start(log_roles.log)
+    await run(log_roles, sid)
+    kept = await backup(log_roles, sid)
+    await lose(log_roles, sid, 4)
+    stray = NewEvent(ev.SESSION_SUSPENDED, {"actor": {"user": "operator"}}, id="stray:4")
+    await log_roles.control.set_mode(NS, sid, "suspended", stray)
+    assert (await put_back(log_roles, kept)).outcome == "extended"
+    assert tuple(await log_roles.log.get_events(sid)) == kept.events
+    # Control: what a person asked for is kept, and the backup refused.
+    await lose(log_roles, sid, 4)
+    await log_roles.control.set_mode(NS, sid, "suspended", make.suspended(9))
+    with pytest.raises(UserError, match="another event 5"):
+        await put_back(log_roles, kept)
+
+
+async def test_the_sessions_of_a_tenant_are_listed_each_once(log_roles):
+    sids = {await make.start(log_roles.log) for _ in range(20)}
+    other = log_roles.store.session_log("team-b")
+    foreign = await make.start(other, namespace="team-b")
+    found = [sid async for sid in log_roles.log.session_ids()]
+    assert (len(found), set(found)) == (20, sids)
+    assert [sid async for sid in other.session_ids()] == [foreign]
+
+
+async def test_the_archive_does_not_delete_what_was_brought_back(store_url):
+    archive = MemoryArchive()
+    async with connect(StoreConfig(store_url), namespace=NS, archive=archive) as store:
+        roles = type("R", (), {"store": store, "log": store.session_log()})
+        sid = await make.start(roles.log)
+        kept = await backup(roles, sid)
+        await store.control_log().close(NS, sid, make.deleted(), retain_s=0)
+        due = store.archive_log()
+        assert (NS, sid) in await due.doomed(10)
+        await forget(roles, sid)
+        await put_back(roles, kept)
+        assert (NS, sid) not in await due.doomed(10)
 
 
 # The log that lost its tail.

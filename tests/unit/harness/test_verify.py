@@ -18,6 +18,7 @@ from cowhand.session import events as ev
 from cowhand.session.events import Event, NewEvent
 from cowhand.session.export import Export
 from support.exports import NOW, export_of, ran, two_tools
+from support.harness_log import Log
 from support.harness_rig import SID, Rig, World, message, text, tool_use, user, world
 
 OTHER = "sesn_" + "9" * 32
@@ -126,6 +127,36 @@ async def test_messages_that_vanish_from_the_prompt_are_found(
         commit(self, horizon)
 
     monkeypatch.setattr(Conversation, "_commit", forgetful)
+    assert ("I7", second.seq) in broken(export)
+
+
+def unanswered_system_message() -> Export:
+    """A failed turn with a system message, then another user message: the system message moves behind it."""
+    log = Log().say()
+    log.put(NewEvent(ev.SYSTEM_MESSAGE, {"content": [text("frozen")], "actor": {"user": "u"}}))
+    log.fail("invalid_request_error").do()
+    log.put(user("again", "m1")).answer(text("hi")).do()
+    return export_of(log.events)
+
+
+def test_a_system_message_that_moves_behind_the_next_message_is_no_violation() -> None:
+    assert verify(unanswered_system_message()).violations == ()
+
+
+def test_a_system_message_that_does_not_arrive_there_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grown = Conversation._grown
+
+    def careless(self: Conversation, horizon: int) -> Any:
+        kept, added = grown(self, horizon)
+        if len(added) == 2 and self.n >= 1:
+            added = [added[0]]
+        return kept, added
+
+    export = unanswered_system_message()
+    monkeypatch.setattr(Conversation, "_grown", careless)
+    second = first(export, ev.MODEL_REQUEST_START, 1)
     assert ("I7", second.seq) in broken(export)
 
 

@@ -63,6 +63,8 @@ def table() -> dict[str, SessionSnapshot]:
         "no agent": snapshot(Absent(), missing_agent="coder"),
         "no environment": snapshot(Absent(), missing_environments=("big",)),
         "invalid": snapshot(Absent(), refusal=Refusal("InvalidSpec", "spec.agent: no")),
+        "no source": snapshot(Absent(), missing_source="other"),
+        "invalid fork": snapshot(Absent(), refusal=Refusal("InvalidFork", "inside a turn")),
         "too large": snapshot(Absent(), refusal=Refusal("TooLarge", "too many bytes")),
         "not served": snapshot(Absent(), served=False),
         "store down": snapshot(Unreachable("no answer")),
@@ -107,6 +109,11 @@ def found(plan: SessionPlan) -> dict[str, tuple[str, str]]:
 EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "new": {"Ready": ("Unknown", "Pending"), "Reconciling": ("True", "Creating")},
     "no agent": {"Ready": ("False", "AgentNotFound")},
+    "no source": {
+        "Ready": ("False", "ForkSourceNotFound"),
+        "Reconciling": ("True", "WaitingForReference"),
+    },
+    "invalid fork": {"Ready": ("False", "InvalidFork"), "Stalled": ("True", "InvalidFork")},
     "invalid": {"Ready": ("False", "InvalidSpec"), "Stalled": ("True", "InvalidSpec")},
     "not served": {"Stalled": ("True", "NamespaceNotServed")},
     "over quota": {"Ready": ("False", "QuotaExceeded"), "Reconciling": ("True", "QuotaExceeded")},
@@ -154,6 +161,18 @@ def test_conditions(name: str) -> None:
     for kind, wanted in EXPECTED[name].items():
         assert conditions[kind] == wanted
     assert ("Reconciling" in conditions) is ("Reconciling" in EXPECTED[name]) or name == "no agent"
+
+
+@pytest.mark.parametrize("name", ["no agent", "no environment", "no source"])
+def test_what_is_missing_is_looked_for_again(name: str) -> None:
+    plan = reconcile_session(table()[name], NOW)
+    assert (plan.create, plan.requeue_after) == (False, 5.0)
+
+
+def test_a_fork_that_is_refused_is_not_made() -> None:
+    assert not reconcile_session(table()["invalid fork"], NOW).create
+    # Control: with a source that can be forked it is.
+    assert reconcile_session(snapshot(Absent()), NOW).create
 
 
 def test_every_documented_reason_is_reached_and_no_other() -> None:

@@ -45,9 +45,10 @@ def refused_member(name: str, message: str) -> Extra:
     return cel(f"!has(self.{name})", message, field=f".{name}", reason="FieldValueForbidden")
 
 
-def exactly_one(a: str, b: str) -> Extra:
-    """Rule of an object: exactly one of two members is set."""
-    return cel(f"has(self.{a}) != has(self.{b})", f"exactly one of {a} and {b} must be set")
+def exactly_one(*names: str) -> Extra:
+    """Rule of an object: exactly one of these members is set."""
+    rule = f"[{', '.join(f'has(self.{name})' for name in names)}].filter(given, given).size() == 1"
+    return cel(rule, f"exactly one of {', '.join(names[:-1])} and {names[-1]} must be set")
 
 
 def at_most_one(a: str, b: str) -> Extra:

@@ -192,12 +192,27 @@ def _people(commands: Any, shared: argparse.ArgumentParser) -> None:
     execute.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS")
 
     _records(command)
+    _backups(command)
 
     command("doctor", "doctor", "check the installation and say what to do", "doctor")
 
 
 def _records(command: Callable[..., Any]) -> None:
-    """Sessions as files."""
+    """Sessions as files, and as the beginning of others."""
+    fork = command("fork", "fork", "a new session that goes on from a position of another", "forks")
+    fork.add_argument("session", metavar="SESSION")
+    fork.add_argument(
+        "--at",
+        type=_count,
+        default=None,
+        metavar="SEQ",
+        help="last position to copy, between two turns (default: the newest such)",
+    )
+    fork.add_argument("--name", default="", help="name of the new AgentSession")
+    fork.add_argument("-m", "--message", default="", help="what to say first")
+    fork.add_argument("-d", "--detach", action="store_true", help="do not wait, do not follow")
+    _drawing(fork)
+
     export = command("export", "export", "write a session to a file, byte for byte", "records")
     export.add_argument("session", metavar="SESSION")
     export.add_argument(
@@ -220,6 +235,18 @@ def _records(command: Callable[..., Any]) -> None:
     form = replay.add_mutually_exclusive_group()
     form.add_argument("--messages", action="store_true", help="only the messages, for people")
     form.add_argument("--json", action="store_true", help="indented, instead of the exact bytes")
+
+
+def _backups(command: Callable[..., Any]) -> None:
+    """All sessions of a namespace."""
+    backup = command("backup", "backup", "write all sessions of a namespace to a file", "backups")
+    backup.add_argument("file", metavar="FILE")
+
+    restore = command(
+        "restore", "restore", "bring sessions back from a backup or export", "backups"
+    )
+    restore.add_argument("file", metavar="FILE")
+    restore.add_argument("--dry-run", action="store_true", help="only say what would be done")
 
 
 def _count(text: str) -> int:

@@ -10,7 +10,7 @@ import http.client
 import json
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import urlencode
 
@@ -98,6 +98,31 @@ class Client:
             connection.close()
         return loaded
 
+    def upload(
+        self,
+        path: str,
+        content: Callable[[], Iterable[bytes]],
+        length: int,
+        *,
+        query: Mapping[str, str],
+        timeout: float,
+    ) -> dict[str, Any]:
+        """POST a body of `length` bytes in pieces (`content` is called again for a second try).
+
+        Raises:
+            As `call`.
+        """
+        connection, response = self._open(
+            "POST", path, query, None, timeout, {}, upload=(content, length)
+        )
+        try:
+            loaded: dict[str, Any] = json.loads(response.read())
+        except (OSError, http.client.HTTPException, ValueError) as err:
+            raise GatewayUnavailable(f"the gateway's answer broke off: {err!r}") from err
+        finally:
+            connection.close()
+        return loaded
+
     def lines(
         self, path: str, query: Mapping[str, str], headers: Mapping[str, str] | None = None
     ) -> Iterator[bytes]:
@@ -123,6 +148,7 @@ class Client:
         body: Mapping[str, Any] | None,
         timeout: float,
         extra: Mapping[str, str],
+        upload: tuple[Callable[[], Iterable[bytes]], int] | None = None,
     ) -> tuple[_Connection, http.client.HTTPResponse]:
         for attempt in (1, 2):
             if not self._token:
@@ -134,7 +160,13 @@ class Client:
                 "user-agent": f"cowhand/{__version__}",
                 **extra,
             }
-            data = None
+            data: bytes | Iterable[bytes] | None = None
+            if upload is not None:
+                data = upload[0]()
+                headers |= {
+                    "content-type": "application/x-ndjson",
+                    "content-length": f"{upload[1]}",
+                }
             if body is not None:
                 data = json.dumps(body).encode()
                 headers["content-type"] = "application/json"

@@ -46,7 +46,7 @@ def write(lines: Iterator[bytes], output: str) -> Header:
         UserError: the export broke off, or the file cannot be written.
     """
     reader = Reader()
-    with _sink(output) as file:
+    with sink(output) as file:
         for line in lines:
             reader.feed(line)
             file.write(line)
@@ -54,7 +54,8 @@ def write(lines: Iterator[bytes], output: str) -> Header:
 
 
 @contextlib.contextmanager
-def _sink(output: str) -> Iterator[BinaryIO]:
+def sink(output: str) -> Iterator[BinaryIO]:
+    """A file that appears whole or not at all, or standard output. Raises UserError."""
     if output == STDOUT:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()

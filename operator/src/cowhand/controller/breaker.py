@@ -36,8 +36,12 @@ class Breaker:
     passing: tuple[type[CowhandError], ...] = ()
     _down: tuple[float, str] | None = None
 
-    async def call(self, start: Callable[[], Awaitable[T]]) -> T:
+    async def call(self, start: Callable[[], Awaitable[T]], *, limit_s: float | None = None) -> T:
         """Start and await one call.
+
+        Args:
+            start: makes the call.
+            limit_s: how long a call that copies much may take; that it takes longer says nothing of what is called.
 
         Raises:
             CowhandError: `unavailable` if it failed, took too long, or another call failed a moment ago; else
@@ -46,9 +50,11 @@ class Breaker:
         if self._down is not None and self._now() < self._down[0]:
             raise self.unavailable(self._down[1])
         try:
-            async with asyncio.timeout(self.limit_s):
+            async with asyncio.timeout(limit_s or self.limit_s):
                 answer = await start()
         except TimeoutError as err:
+            if limit_s is not None:
+                raise self.unavailable(f"{self.name} was not done within {limit_s:g} s") from err
             text = f"{self.name} did not answer within {self.limit_s:g} s"
             self._trip(text)
             raise self.unavailable(text) from err

@@ -27,6 +27,7 @@ from cowhand.hands import toolset
 from cowhand.reconcile.session_status import wanted_budget
 from cowhand.session import events
 from cowhand.session.events import NewEvent
+from cowhand.session.forking import lineage
 from cowhand.session.log import SessionMeta
 
 ASSEMBLER: Final = 2
@@ -82,11 +83,12 @@ class AgentSource:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A session that can be created."""
+    """A session that can be created; a fork from `source`: session id and last position to copy."""
 
     meta: SessionMeta
     events: tuple[NewEvent, ...]
     pinned: PinnedAgent
+    source: tuple[str, int] | None = None
 
 
 def _digest(value: object) -> str:
@@ -136,6 +138,15 @@ def regressed_event(seen: int, position: int, by: str) -> NewEvent:
     return NewEvent(events.LOG_REGRESSED, data, id=f"regressed:{seen}:{position}")
 
 
+def forked_event(session: AgentSession, source: tuple[str, int]) -> NewEvent:
+    """The end of what a fork has from its source: session id, position."""
+    data: dict[str, Any] = {"session": source[0], "position": source[1], "actor": actor(session)}
+    budget = wanted_budget(session.spec)
+    return NewEvent(
+        events.SESSION_FORKED, data | ({"budget": budget} if budget else {}), id="forked"
+    )
+
+
 def budget_event(session: AgentSession, budget: Mapping[str, int], last_seq: int) -> NewEvent:
     """The event of a change of spec.budget, deduplicated as `mode_event`."""
     data = {"budget": dict(budget) or None, "actor": actor(session)}
@@ -164,7 +175,6 @@ def freeze(
         TooLarge: an event is larger than the log takes.
         UserError: the spec cannot be run; `field` names the member.
     """
-    meta, spec = session.metadata, session.spec
     pinned = PinnedAgent(
         name=agent.name,
         uid=agent.uid,
@@ -174,12 +184,7 @@ def freeze(
     created = NewEvent(
         events.SESSION_CREATED, _created(session, agent.spec, pinned, found, defaults), id="created"
     )
-    first: list[NewEvent] = [created]
-    if spec.message is not None:
-        first.append(user_message(session, "0", spec.message))
-    first += [user_message(session, one.id, one.content) for one in spec.messages or ()]
-    if spec.operating_mode == "Suspended":
-        first.append(mode_event(session, suspended=True))
+    first = [created, *_asked(session)]
     _check_sizes(first, defaults)
     secret = agent.spec.model.secret_ref
     model = {
@@ -189,18 +194,84 @@ def freeze(
             "key": secret.key if secret else "api-key",
         },
     }
-    return Frozen(
-        meta=SessionMeta(
-            session_id=session_id,
-            namespace=meta.namespace,
-            name=meta.name,
-            uid=meta.uid,
-            model=model,
-            tombstone=tombstone(meta.namespace, meta.name, spec),
-        ),
-        events=tuple(first),
-        pinned=pinned,
+    return Frozen(_meta(session, session_id, model), tuple(first), pinned)
+
+
+def fork(
+    session: AgentSession,
+    session_id: str,
+    source: tuple[str, int],
+    created: Mapping[str, Any],
+    model: Mapping[str, Any],
+    defaults: FreezeDefaults,
+) -> Frozen:
+    """The meta and the own events of a session that is a fork.
+
+    Args:
+        session: the resource.
+        session_id: its id.
+        source: session id and position to branch off at.
+        created: payload of the source's `session.created`.
+        model: of the source's meta.
+        defaults: the chart's part.
+
+    Raises:
+        TooLarge: an event is larger than the log takes.
+        UserError: the spec cannot be run; `field` names the member.
+    """
+    meta, spec = session.metadata, session.spec
+    own = {
+        "namespace": meta.namespace,
+        "name": meta.name,
+        "uid": meta.uid,
+        "budget": wanted_budget(spec),
+        "lineage": lineage(dict(created), *source),
+    }
+    if spec.title:
+        own["title"] = spec.title
+    kept = {name: value for name, value in created.items() if name != "title"}
+    if not kept.get("prices"):
+        _needs_price(spec, str(kept["request"]["model"]))
+    first = [NewEvent(events.SESSION_CREATED, {**kept, **own}, id="created")]
+    first += [forked_event(session, source), *_asked(session)]
+    _check_sizes(first, defaults)
+    pinned = PinnedAgent.model_validate(created["agent"])
+    return Frozen(_meta(session, session_id, model), tuple(first), pinned, source)
+
+
+def _meta(session: AgentSession, session_id: str, model: Mapping[str, Any]) -> SessionMeta:
+    meta = session.metadata
+    return SessionMeta(
+        session_id=session_id,
+        namespace=meta.namespace,
+        name=meta.name,
+        uid=meta.uid,
+        model=dict(model),
+        tombstone=tombstone(meta.namespace, meta.name, session.spec),
     )
+
+
+def _asked(session: AgentSession) -> list[NewEvent]:
+    """What the spec wants to be done first: its messages and its mode."""
+    spec = session.spec
+    first: list[NewEvent] = []
+    if spec.message is not None:
+        first.append(user_message(session, "0", spec.message))
+    first += [user_message(session, one.id, one.content) for one in spec.messages or ()]
+    if spec.operating_mode == "Suspended":
+        first.append(mode_event(session, suspended=True))
+    return first
+
+
+def _needs_price(spec: AgentSessionSpec, model: str) -> None:
+    """Raise UserError if the budget is in money, which a model without a price cannot keep to."""
+    if spec.budget is not None and spec.budget.max_cost is not None:
+        raise UserError(
+            f"budget.maxCost needs the price of model {model!r}, which is in no list here: set "
+            "model.prices of the agent (input and output, US dollars a million tokens) or leave "
+            "maxCost out",
+            field="budget.maxCost",
+        )
 
 
 def _check_sizes(first: Sequence[NewEvent], defaults: FreezeDefaults) -> None:
@@ -259,13 +330,8 @@ def _created(
     known = prices.prices(agent.model.id, agent.model.prices)
     if known is not None:
         body["prices"] = known
-    elif spec.budget is not None and spec.budget.max_cost is not None:
-        raise UserError(
-            f"budget.maxCost needs the price of model {agent.model.id!r}, which is in no list here: set "
-            "model.prices of the agent (input and output, US dollars a million tokens) or leave "
-            "maxCost out",
-            field="budget.maxCost",
-        )
+    else:
+        _needs_price(spec, agent.model.id)
     if custom:
         body["custom_tools"] = [tool["name"] for tool in custom]
     if spec.title:

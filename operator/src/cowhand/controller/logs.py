@@ -56,12 +56,16 @@ class Logs:
         """The log of a tenant."""
         return self._sessions(namespace)
 
-    async def call(self, start: Callable[[], Awaitable[T]]) -> T:
+    async def call(self, start: Callable[[], Awaitable[T]], *, limit_s: float | None = None) -> T:
         """Start and await one call of the log.
+
+        Args:
+            start: makes the call.
+            limit_s: how long a call that copies much may take; that it takes longer says nothing of the store.
 
         Raises:
             StoreUnavailable: it failed, took too long, or another call failed a moment ago.
             QuotaExceeded: this tenant has no room left.
             ArchiveUnavailable: this call needs the archive, which does not answer.
         """
-        return await self._breaker.call(start)
+        return await self._breaker.call(start, limit_s=limit_s)

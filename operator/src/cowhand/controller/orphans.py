@@ -12,6 +12,7 @@ import logging
 from cowhand.controller.logs import Logs
 from cowhand.errors import SessionClosed, SessionNotFound, StoreUnavailable
 from cowhand.session.events import SESSION_DELETED, SESSION_SUSPENDED, NewEvent
+from cowhand.session.importing import STRAY
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Orphans:
             if state.mode == "suspended" or state.state in ("closed", "terminated"):
                 return
             data = {"actor": {"user": "operator", "via": "kubernetes"}}
-            event = NewEvent(SESSION_SUSPENDED, data, id=f"stray:{state.next_seq - 1}")
+            event = NewEvent(SESSION_SUSPENDED, data, id=f"{STRAY}{state.next_seq - 1}")
             await self._logs.call(
                 lambda: self._logs.control.set_mode(namespace, session_id, "suspended", event)
             )

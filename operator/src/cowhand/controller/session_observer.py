@@ -13,10 +13,18 @@ from datetime import datetime
 from typing import Any, Final
 
 from cowhand.api import labels
-from cowhand.api.v1alpha1 import Agent, AgentSession, Environment, EnvironmentSpec, PinnedAgent
+from cowhand.api.v1alpha1 import (
+    Agent,
+    AgentSession,
+    Environment,
+    EnvironmentSpec,
+    Fork,
+    PinnedAgent,
+)
 from cowhand.controller import freeze, observe
 from cowhand.controller.freeze import AgentSource, FreezeDefaults, Frozen
 from cowhand.controller.logs import Logs
+from cowhand.desired import names
 from cowhand.errors import LogIncompatible, SessionNotFound, StoreUnavailable, UserError
 from cowhand.kube import kinds
 from cowhand.kube.client import Kube, Manifest
@@ -29,12 +37,17 @@ from cowhand.reconcile.session_snapshot import (
     Unreachable,
 )
 from cowhand.reconcile.store_profile import StoreProfile
-from cowhand.session.log import HandRecord
+from cowhand.session import forking
+from cowhand.session.events import Event
+from cowhand.session.log import HandRecord, SessionState
 
 Key = tuple[str, str]
 
 CREATED_CACHE: Final = 2000
 """Sessions whose `session.created` is kept in memory."""
+
+FORK_LIMIT_S: Final = 120.0
+"""Longest time that one look at the source of a fork, and its copy, may take."""
 
 
 @dataclass
@@ -130,6 +143,8 @@ class SessionObserver:
         if snap.refusal is not None:
             return snap
         session = snap.session
+        if session.spec.fork is not None:
+            return await self._resolve_fork(key[0], session.spec.fork, snap, state)
         agent = await self._agent(session)
         if isinstance(agent, Refusal):
             return replace(snap, refusal=agent)
@@ -161,6 +176,54 @@ class SessionObserver:
         except UserError as err:
             return replace(snap, refusal=Refusal("InvalidSpec", str(err)))
         return replace(snap, pinned=state.frozen.pinned)
+
+    async def _resolve_fork(
+        self, namespace: str, fork: Fork, snap: SessionSnapshot, state: Pass
+    ) -> SessionSnapshot:
+        """The session to branch off from, the position, and the frozen session made of them."""
+        sessions = self._logs.sessions(namespace)
+        source = await self._source(namespace, fork.session)
+        if source is None:
+            return replace(snap, missing_source=fork.session)
+
+        async def read() -> tuple[SessionState, list[Event], list[Event]]:
+            found = await sessions.get_session(source)
+            created = await sessions.get_events(source, 1, 1)
+            marks = await sessions.get_events(source, 1, found.next_seq - 1, types=forking.MARKS)
+            return found, created, marks
+
+        try:
+            there, created, marks = await self._logs.call(read, limit_s=FORK_LIMIT_S)
+            last = there.next_seq - 1
+            at = forking.position(fork.session, marks, last, fork.at)
+            state.frozen = freeze.fork(
+                snap.session,
+                state.session_id,
+                (source, at),
+                created[0].data,
+                there.meta.model,
+                self._defaults,
+            )
+        except SessionNotFound:
+            return replace(snap, missing_source=fork.session)
+        except (StoreUnavailable, LogIncompatible) as err:
+            return replace(snap, log=Unreachable(str(err)))
+        except freeze.TooLarge as err:
+            return replace(snap, refusal=Refusal("TooLarge", str(err)))
+        except UserError as err:
+            reason = "InvalidFork" if err.field == "spec.fork.at" else "InvalidSpec"
+            return replace(snap, refusal=Refusal(reason, str(err)))
+        return replace(snap, pinned=state.frozen.pinned)
+
+    async def _source(self, namespace: str, name: str) -> str | None:
+        """Session id of what spec.fork names, None if there is no such object."""
+        if name.startswith("sesn_"):
+            return name
+        raw = await self._kube.get(kinds.AGENT_SESSION, namespace, name)
+        if raw is None:
+            return None
+        source, _ = observe.read_session(raw)
+        return source.status.session_id or names.session_id(source.metadata.uid)
 
     async def _agent(self, session: AgentSession) -> AgentSource | Refusal | None:
         """The agent to pin, None if it does not exist."""

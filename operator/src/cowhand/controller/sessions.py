@@ -18,7 +18,7 @@ from cowhand.controller import freeze, observe
 from cowhand.controller.freeze import FreezeDefaults
 from cowhand.controller.logs import Logs
 from cowhand.controller.orphans import Orphans
-from cowhand.controller.session_observer import Pass, SessionObserver
+from cowhand.controller.session_observer import FORK_LIMIT_S, Pass, SessionObserver
 from cowhand.desired import names
 from cowhand.desired.sandbox import SandboxOf, session_sandbox
 from cowhand.errors import QuotaExceeded, SessionClosed, StoreUnavailable
@@ -170,9 +170,17 @@ class SessionController:
         frozen = state.frozen
         assert frozen is not None, "create is only planned for what could be frozen"
         sessions = self._logs.sessions(namespace)
-        made = await self._logs.call(
-            lambda: sessions.create_session(frozen.meta, list(frozen.events))
-        )
+        source = frozen.source
+        if source is None:
+            made = await self._logs.call(
+                lambda: sessions.create_session(frozen.meta, list(frozen.events))
+            )
+        else:
+            created, *extra = frozen.events
+            made = await self._logs.call(
+                lambda: sessions.fork_session(frozen.meta, created, source, extra),
+                limit_s=FORK_LIMIT_S,
+            )
         logger = bound(log, session=made.session_id, namespace=namespace)
         if made.session_id != state.session_id:
             logger.info("%s adopts a run that was made before", snap.session.metadata.name)

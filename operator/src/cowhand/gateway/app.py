@@ -19,8 +19,8 @@ from typing import Any, Final
 from aiohttp import web
 
 from cowhand import __version__
-from cowhand.errors import CowhandError, LogIncompatible, SessionNotFound
-from cowhand.gateway import answers, health, incoming, messages, paging, previews
+from cowhand.errors import CowhandError, LogIncompatible, SessionNotFound, UserError
+from cowhand.gateway import answers, backup, health, incoming, messages, paging, previews
 from cowhand.gateway import exec as sandbox_exec
 from cowhand.gateway import log as rawlog
 from cowhand.gateway.auth import Authority, Caller, Clock, Expiring, Right
@@ -105,6 +105,8 @@ def build(gateway: Gateway) -> web.Application:
             web.get("/v1/sessions/{id}/events/stream", stream_events, allow_head=False),
             web.get("/v1/sessions/{id}/log", read_log, allow_head=False),
             web.get("/v1/sessions/{id}/export", export_session, allow_head=False),
+            web.post("/v1/sessions/{id}/restore", restore_session),
+            web.get("/v1/namespaces/{namespace}/backup", backup_namespace, allow_head=False),
             web.post("/v1/namespaces/{namespace}/sandboxes/{name}/exec", execute),
         ]
     )
@@ -205,8 +207,8 @@ async def _target(request: web.Request, *rights: tuple[str, str]) -> Target:
     if not SESSION_ID.fullmatch(session_id):
         raise SessionNotFound(f"{session_id!r} is not a session id (sesn_ and 32 hex digits)")
     named = request.headers.get("anthropic-workspace-id") or request.query.get("namespace") or ""
-    if named and named not in gateway.logs:
-        raise NotFound(f"namespace {named} is not served here (chart value `tenants`)")
+    if named:
+        _served(request, named)
     found = await _found(gateway, session_id, named)
     targets = [Target(caller, gateway.logs[state.meta.namespace], state) for state in found]
     refused: Forbidden | None = None
@@ -393,6 +395,53 @@ async def export_session(request: web.Request) -> web.StreamResponse:
     return response
 
 
+async def backup_namespace(request: web.Request) -> web.StreamResponse:
+    """`GET /v1/namespaces/{ns}/backup`."""
+    caller = await _caller(request)
+    namespace = _served(request, request.match_info["namespace"])
+    await request.app[GATEWAY].authority.authorize(caller, Right(*READ, namespace))
+    response = _stream_response("application/x-ndjson")
+    response.headers["request-id"] = request[REQUEST_ID]
+    await response.prepare(request)
+    log = request.app[GATEWAY].logs[namespace]
+    try:
+        async for line in backup.backup_lines(log, namespace, _wall_ms()):
+            await response.write(line)
+    except CowhandError as err:
+        await response.write(rawlog.error_line(_answer(request, err).body))
+    return response
+
+
+async def restore_session(request: web.Request) -> web.Response:
+    """`POST /v1/sessions/{id}/restore`."""
+    gateway = request.app[GATEWAY]
+    caller = await _caller(request)
+    session_id = request.match_info["id"]
+    named = request.headers.get("anthropic-workspace-id") or request.query.get("namespace") or ""
+    if not named:
+        raise UserError("name the namespace in the header anthropic-workspace-id")
+    namespace = _served(request, named)
+    await gateway.authority.authorize(caller, Right("create", "restore", namespace))
+    dry_run = request.query.get("dry_run", "false")
+    if dry_run not in ("true", "false"):
+        raise UserError(f"dry_run: {dry_run!r} is not true or false", field="dry_run")
+    only_look = dry_run == "true"
+    body = request.content.iter_any()
+    done = await backup.restore(gateway.logs[namespace], session_id, body, dry_run=only_look)
+    logger.warning(
+        "session %s of %s: %s from a backup by %s%s",
+        *(session_id, namespace, done.outcome, caller.user, " (dry run)" * only_look),
+    )
+    return _json(backup.as_json(session_id, done, dry_run=only_look))
+
+
+def _served(request: web.Request, namespace: str) -> str:
+    """The namespace, if it is a tenant. Raises NotFound."""
+    if namespace not in request.app[GATEWAY].logs:
+        raise NotFound(f"namespace {namespace} is not served here (chart value `tenants`)")
+    return namespace
+
+
 def _wall_ms() -> int:
     return round(time.time() * 1000)
 
@@ -433,8 +482,7 @@ async def execute(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     caller = await _caller(request)
     namespace, name = request.match_info["namespace"], request.match_info["name"]
-    if namespace not in gateway.logs:
-        raise NotFound(f"namespace {namespace} is not served here (chart value `tenants`)")
+    _served(request, namespace)
     await gateway.authority.authorize(caller, Right("create", "exec", namespace))
     command = sandbox_exec.parse(await request.read())
     return _json(await gateway.executor.run(caller, namespace, name, command))

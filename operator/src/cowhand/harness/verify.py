@@ -233,7 +233,7 @@ def _requests(export: Export, out: _Findings) -> Conversation | None:
             )
             out.broken("I6", event.seq, text, REPORT_BUG)
         out.count("I7")
-        if found.messages[: len(before)] != before and not reset:
+        if not reset and not _continues(before, found.messages):
             text = f"request {found.n} does not begin with the messages of the one before it"
             out.broken("I7", event.seq, text, REPORT_BUG)
         if (
@@ -241,6 +241,25 @@ def _requests(export: Export, out: _Findings) -> Conversation | None:
         ):  # what asks for a summary or notes is no part of the conversation
             before, reset = found.messages, False
     return conversation
+
+
+def _continues(before: tuple[Message, ...], after: tuple[Message, ...]) -> bool:
+    """The messages of one request go on in the next one.
+
+    A system message that got no answer may have moved behind the user message that came next (`fold._grown`); it
+    must be there, with nothing before it but what was there.
+    """
+    if after[: len(before)] == before:
+        return True
+    if not before or before[-1].role != "system":
+        return False
+    kept, moved = before[:-1], before[-1].blocks
+    added = after[len(kept) :]
+    return (
+        after[: len(kept)] == kept
+        and [message.role for message in added[:2]] == ["user", "system"]
+        and added[1].blocks[: len(moved)] == moved
+    )
 
 
 def _resets(event: Event) -> bool:

@@ -72,7 +72,7 @@ def _start(snap: SessionSnapshot) -> SessionPlan:
     """The session is not in the log: make it, if everything that it needs is there."""
     if snap.adopted or snap.session.status.session_id:
         return SessionPlan()
-    if snap.missing_agent is not None or snap.missing_environments:
+    if snap.waits:
         return SessionPlan(requeue_after=RETRY_S)
     if snap.refusal is not None:
         return SessionPlan()

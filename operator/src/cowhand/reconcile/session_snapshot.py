@@ -86,7 +86,7 @@ class SandboxView:
 
 @dataclass(frozen=True)
 class Refusal:
-    """The spec cannot be frozen into a session: `reason` is InvalidSpec or TooLarge."""
+    """The spec cannot be frozen into a session: `reason` is InvalidSpec, InvalidFork or TooLarge."""
 
     reason: str
     message: str
@@ -104,6 +104,7 @@ class SessionSnapshot:
         log: the session in the log.
         missing_agent: name of the Agent that does not exist, or None.
         missing_environments: names of Environments that do not exist.
+        missing_source: the session of spec.fork, which does not exist, or None.
         refusal: why the spec cannot be frozen, or None.
         delivered: ids of spec.messages that are known to be in the log.
         sandboxes: Sandboxes labelled with the session id; None: not looked at.
@@ -123,6 +124,7 @@ class SessionSnapshot:
     adopted: bool = False
     missing_agent: str | None = None
     missing_environments: tuple[str, ...] = ()
+    missing_source: str | None = None
     refusal: Refusal | None = None
     delivered: frozenset[str] = frozenset()
     sandboxes: tuple[SandboxView, ...] | None = None
@@ -133,6 +135,12 @@ class SessionSnapshot:
     written: datetime | None = None
     seen: int = 0
     store: StoreProfile | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Something that the spec names does not exist yet."""
+        missing = (self.missing_agent, self.missing_source)
+        return any(one is not None for one in missing) or bool(self.missing_environments)
 
     @property
     def deleting(self) -> bool:

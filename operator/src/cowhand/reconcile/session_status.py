@@ -192,6 +192,9 @@ def _not_in_log(snap: SessionSnapshot) -> Observed:
         named = ", ".join(repr(name) for name in snap.missing_environments)
         text = f"Environment {named} does not exist in this namespace: create it."
         return Observed(kind, "False", SessionReady.ENVIRONMENT_NOT_FOUND, text)
+    if snap.missing_source is not None:
+        text = f"There is no session {snap.missing_source!r} in this namespace to fork: name one that is."
+        return Observed(kind, "False", SessionReady.FORK_SOURCE_NOT_FOUND, text)
     if snap.refusal is not None:
         reason = SessionReady(snap.refusal.reason)
         return Observed(kind, "False", reason, snap.refusal.message)
@@ -246,7 +249,7 @@ def _on_its_way(snap: SessionSnapshot) -> SessionReconciling | None:
     if isinstance(snap.log, Absent):
         if snap.adopted:
             return None
-        if snap.missing_agent is not None or snap.missing_environments:
+        if snap.waits:
             return SessionReconciling.WAITING_FOR_REFERENCE
         return SessionReconciling.CREATING
     if snap.log.ended or snap.adopted:
@@ -286,8 +289,7 @@ def _doomed(snap: SessionSnapshot) -> SessionStalled | None:
     if isinstance(snap.log, Absent) and not snap.adopted:
         if snap.session.status.session_id:
             return SessionStalled.SESSION_LOST
-        waits = snap.missing_agent is not None or snap.missing_environments
-        if snap.refusal is not None and not waits:
+        if snap.refusal is not None and not snap.waits:
             return SessionStalled(snap.refusal.reason)
     if lost_tail(snap) is not None and not snap.adopted:
         return SessionStalled.LOG_ROLLED_BACK

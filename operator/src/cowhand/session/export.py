@@ -205,6 +205,11 @@ class Reader:
         self._sha.update(raw)
         return None
 
+    @property
+    def whole(self) -> bool:
+        """The footer was read, and it fits."""
+        return self._whole
+
     def finish(self) -> Header:
         """All lines were fed. Raises ExportDamaged if the footer is missing."""
         if self.header is None or not self._whole:

@@ -11,7 +11,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from cowhand.errors import SessionNotFound, StoreUnavailable, UserError
 from cowhand.session import codec
@@ -20,14 +20,16 @@ from cowhand.session.events import (
     LOG_REGRESSED,
     SESSION_DELETED,
     SESSION_RESUMED,
+    SESSION_SUSPENDED,
     STATUS_IDLE,
+    USER_CUSTOM_TOOL_RESULT,
     USER_MESSAGE,
     USER_TOOL_CONFIRMATION,
     Event,
     NewEvent,
 )
 from cowhand.session.export import Header
-from cowhand.session.keys import Keys
+from cowhand.session.keys import Keys, doomed
 from cowhand.session.log import Restored, SessionMeta, SessionState
 
 if TYPE_CHECKING:
@@ -45,7 +47,10 @@ STAGED_MS: Final = 3_600_000
 RETAIN_MS: Final = 30 * 86_400_000
 """How long a session is kept that had ended when its backup was made."""
 
-_INPUT: Final = frozenset({USER_MESSAGE, USER_TOOL_CONFIRMATION})
+STRAY: Final = "stray:"
+"""Event ids of the operator's suspension of a session whose object is missing begin with this."""
+
+_INPUT: Final = frozenset({USER_MESSAGE, USER_TOOL_CONFIRMATION, USER_CUSTOM_TOOL_RESULT})
 
 
 @dataclass
@@ -180,6 +185,17 @@ class Importer:
             )
         return bool(reply[0] == "OK")
 
+    async def spare(self, session_id: str, retain_ms: int) -> None:
+        """Keep the archive from deleting what this session needs again; `retain_ms`: only for so long (0: for good)."""
+        if self._store.payloads.archive is None:
+            return
+        key, member = doomed(self._store.config.prefix), f"{self._keys.namespace}/{session_id}"
+        if not retain_ms:
+            await self._store.writes.call("ZREM", key, member)
+            return
+        seconds, _ = await self._store.reads.call("TIME")
+        await self._store.writes.call("ZADD", key, int(seconds) * 1000 + retain_ms, member)
+
     async def bury(self, meta: SessionMeta) -> None:
         """Let the tombstone of a restored session say that its run was made, unless it names another one."""
         if meta.tombstone:
@@ -227,7 +243,7 @@ class Comparison:
         self._differs = event.seq
         rest = await self._read(event.seq, self._last)
         # What the operator wrote when it noticed the loss is all that may be given up for the lost events.
-        if any(found.type != LOG_REGRESSED for found in rest):
+        if not all(_notice(found) for found in rest):
             raise UserError(
                 f"the store has another event {event.seq} than the backup: the session went on after "
                 "the backup was made or restored, and nothing of it is overwritten. To look at the "
@@ -239,12 +255,20 @@ class Comparison:
         return self._differs - 1 if self._differs else self._last
 
 
+def _notice(event: Event) -> bool:
+    """What the operator writes about a log that lost its end, or whose object is missing."""
+    stray = event.type == SESSION_SUSPENDED and event.id.startswith(STRAY)
+    return event.type == LOG_REGRESSED or stray
+
+
 async def restore(
     importer: Importer,
     header: Header,
     events: AsyncIterator[Event],
     there: SessionState | None,
     read: Any,
+    *,
+    dry_run: bool = False,
 ) -> Restored:
     """See `log.SessionLog.restore_session`."""
     meta = header.meta
@@ -258,12 +282,19 @@ async def restore(
     async for event in events:
         if comparison is not None:
             await comparison.see(event)
-        await importer.add(meta.session_id, staged, event, known=True)
+        if dry_run:
+            staged.count += 1
+        else:
+            await importer.add(meta.session_id, staged, event, known=True)
         newest = event
     if staged.count != header.last_seq or newest is None:
         raise UserError(f"the backup has {staged.count} events, its header says {header.last_seq}")
     if comparison is not None and comparison.common() >= staged.count:
         return Restored("unchanged", comparison.common(), staged.count)
+    outcome: Literal["restored", "extended"] = "extended" if there is not None else "restored"
+    before = comparison.common() if comparison is not None else 0
+    if dry_run:
+        return Restored(outcome, before, staged.count)
     closed = newest.type == SESSION_DELETED or header.state == "closed"
     state = header.state if header.state in ("closed", "terminated") else "idle"
     working = state == "idle" and (header.state != "idle" or staged.open)
@@ -277,11 +308,11 @@ async def restore(
     ]
     replaces = there.next_seq if there is not None else None
     retain = RETAIN_MS if closed else 0
+    await importer.spare(meta.session_id, retain)
     if not await importer.commit(meta, staged, fields, replaces=replaces, expire_ms=retain):
         raise UserError(f"session {meta.session_id} was made meanwhile: restore it again")
     await importer.bury(meta)
-    before = comparison.common() if comparison is not None else 0
-    return Restored("extended" if there is not None else "restored", before, staged.count)
+    return Restored(outcome, before, staged.count)
 
 
 async def fork(

@@ -238,17 +238,24 @@ class SessionLog(Protocol):
             UserError: malformed id, or the source's end is among what is to be copied.
         """
 
-    async def restore_session(self, header: Header, events: AsyncIterator[Event]) -> Restored:
+    def session_ids(self) -> AsyncIterator[str]:
+        """Ids of all sessions of this tenant that are in the store, each once; for the control plane alone."""
+
+    async def restore_session(
+        self, header: Header, events: AsyncIterator[Event], *, dry_run: bool = False
+    ) -> Restored:
         """Bring a session back from an export, or the tail that the store has lost.
 
-        Nothing is overwritten: a log that is there must be the beginning of the backup (but for the `log.regressed`
-        that the operator wrote when it noticed the loss). The session appears, or changes, at once when the last
-        event is in place. One that had work comes back suspended: the operator resumes it if its AgentSession says
-        Running and nobody has seen more than the backup has. Idempotent.
+        Nothing is overwritten: a log that is there must be the beginning of the backup (but for what the operator
+        wrote when it noticed the loss: `log.regressed`, or the suspension of a session without its object). The
+        session appears, or changes, at once when the last event is in place. One that had work comes back
+        suspended: the operator resumes it if its AgentSession says Running and nobody has seen more than the backup
+        has. Idempotent.
 
         Args:
             header: of the export.
             events: all of its events, in order; raises where the export is torn, then nothing is changed.
+            dry_run: only answer what would be done.
 
         Raises:
             UserError: it belongs to another tenant, the logs differ, or a harness holds the session.

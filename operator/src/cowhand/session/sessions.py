@@ -44,6 +44,9 @@ MAX_CHUNK: Final = 256
 SMALL_CHUNK: Final = 256 * 1024
 """Bytes of payloads in a read after which the next one may be twice as long."""
 
+SCAN_COUNT: Final = 500
+"""Keys that one step of a listing looks at; between steps others get their turn."""
+
 POLL_SECONDS: Final = 5.0
 """How often a follower looks without being nudged."""
 
@@ -174,7 +177,27 @@ class RedisSessionLog:
         await self._confirm(generation)
         return Created(meta.session_id, existed=not made)
 
-    async def restore_session(self, header: Header, events: AsyncIterator[Event]) -> Restored:
+    async def session_ids(self) -> AsyncIterator[str]:
+        """See `log.SessionLog.session_ids`."""
+        pattern = f"{self._keys.prefix}:{self._keys.namespace}:*:s:*:m"
+        seen: set[str] = set()
+        cursor = b"0"
+        while True:
+            cursor, found = await self._store.reads.call(
+                "SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT
+            )
+            for key in found:
+                session_id = key.decode(errors="replace").split(":")[-2]
+                if session_id not in seen and _SESSION_ID.fullmatch(session_id):
+                    seen.add(session_id)
+                    yield session_id
+            if cursor == b"0":
+                await self._store.verify()
+                return
+
+    async def restore_session(
+        self, header: Header, events: AsyncIterator[Event], *, dry_run: bool = False
+    ) -> Restored:
         """See `log.SessionLog.restore_session`."""
         session_id = header.session_id
         if not _SESSION_ID.fullmatch(session_id):
@@ -193,9 +216,11 @@ class RedisSessionLog:
         async def read(first: int, last: int) -> list[Event]:
             return await self.get_events(session_id, first, last)
 
+        importer = Importer(self._store, self._keys)
         generation = await self._generation()
-        done = await restore(Importer(self._store, self._keys), header, events, there, read)
-        await self._confirm(generation)
+        done = await restore(importer, header, events, there, read, dry_run=dry_run)
+        if not dry_run:
+            await self._confirm(generation)
         return done
 
     async def emit_event(self, session_id: str, event: NewEvent) -> int:

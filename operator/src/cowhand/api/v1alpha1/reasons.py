@@ -59,6 +59,15 @@ class SessionReady(Reason):
         "EnvironmentNotFound",
         "False: the Environment of spec.environmentRef or of a hand does not exist (yet).",
     )
+    FORK_SOURCE_NOT_FOUND = (
+        "ForkSourceNotFound",
+        "False: the session of spec.fork does not exist in this namespace (yet).",
+    )
+    INVALID_FORK = (
+        "InvalidFork",
+        "False: the session of spec.fork cannot be forked at that position; the message names the "
+        "nearest ones that can.",
+    )
     INVALID_SPEC = (
         "InvalidSpec",
         "False: the spec passed the API server but cannot be run; the message names the field.",
@@ -94,7 +103,7 @@ class SessionReconciling(Reason):
     CREATING = "Creating", "True: the session is being written to the log."
     WAITING_FOR_REFERENCE = (
         "WaitingForReference",
-        "True: an Agent or Environment that spec names does not exist yet.",
+        "True: an Agent, Environment or session that spec names does not exist yet.",
     )
     DELIVERING = "Delivering", "True: a message that was added to the spec is not in the log yet."
     CHANGING_MODE = (
@@ -117,6 +126,10 @@ class SessionStalled(Reason):
     """Reasons of AgentSession Stalled: present (True) only when trying again cannot help."""
 
     INVALID_SPEC = "InvalidSpec", "True: the spec cannot be run; change it or make a new object."
+    INVALID_FORK = (
+        "InvalidFork",
+        "True: the position of spec.fork cannot be forked; make a new object.",
+    )
     TOO_LARGE = "TooLarge", "True: agent and environment together are too large for the log."
     NAMESPACE_NOT_SERVED = (
         "NamespaceNotServed",

@@ -35,6 +35,10 @@ from cowhand.api.v1alpha1.files import FileResource
 OperatingMode: TypeAlias = Literal["Running", "Suspended"]
 
 NEW_SESSION = "make a new AgentSession instead"
+OF_THE_SOURCE = (
+    "a fork has the environment and resources of its source: leave environment, environmentRef and "
+    "resources out"
+)
 APPEND_ONLY = "messages is append-only: keep every message that was there, with the same content"
 MessageText = Annotated[str, Field(min_length=1, max_length=100_000)]
 
@@ -66,19 +70,47 @@ class Budget(Model):
     count. Tools that run then are stopped."""
 
 
+class Fork(Model):
+    """Where a session branches off from another one of the same namespace."""
+
+    session: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=253,
+            pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?|sesn_[0-9a-f]{32})$",
+        ),
+    ]
+    """session is the name of the AgentSession to branch off from, or a session id (sesn_...) where
+    that object is gone. It is only read."""
+    at: Annotated[Int64, Field(ge=1)] | None = None
+    """at is the last position of its log that is copied; it must not lie inside a turn. Absent: the
+    newest position that does not."""
+
+
 class AgentSessionSpec(Model):
     """What the user wants to run."""
 
     model_config = ConfigDict(
         json_schema_extra=merge(
-            exactly_one("agentRef", "agent"),
+            exactly_one("agentRef", "agent", "fork"),
             at_most_one("environmentRef", "environment"),
-            exactly_one("message", "messages"),
+            at_most_one("message", "messages"),
+            cel(
+                "has(self.fork) || has(self.message) || has(self.messages)",
+                "one of message and messages must be set; only a fork may begin without",
+            ),
+            cel(
+                "!has(self.fork) || !(has(self.environment) || has(self.environmentRef) || "
+                "(has(self.resources) && size(self.resources) > 0))",
+                OF_THE_SOURCE,
+            ),
             immutable_member("agentRef", f"{NEW_SESSION}"),
             immutable_member("agent", f"{NEW_SESSION}"),
             immutable_member("environmentRef", f"{NEW_SESSION}"),
             immutable_member("environment", f"{NEW_SESSION}"),
             immutable_member("resources", f"{NEW_SESSION}"),
+            immutable_member("fork", f"{NEW_SESSION}"),
             immutable_member(
                 "message",
                 "to send another message add it with `cowhand send`, or start with the list messages",
@@ -93,16 +125,21 @@ class AgentSessionSpec(Model):
     )
 
     agent_ref: LocalRef | None = None
-    """agentRef names the Agent; its state at the start is pinned. Exactly one of agentRef, agent."""
+    """agentRef names the Agent; its state at the start is pinned. Exactly one of agentRef, agent,
+    fork."""
     agent: AgentSpec | None = None
-    """agent is an Agent written inline. Exactly one of agentRef, agent."""
+    """agent is an Agent written inline. Exactly one of agentRef, agent, fork."""
+    fork: Fork | None = None
+    """fork makes this session a copy of another one up to a position of its log, with its agent,
+    environment and resources. Exactly one of agentRef, agent, fork."""
     environment_ref: LocalRef | None = None
     """environmentRef names the Environment of the sandboxes. At most one of environmentRef,
     environment; absent: the chart's default environment."""
     environment: EnvironmentSpec | None = None
     """environment is an Environment written inline."""
     message: MessageText | None = None
-    """message is the first user message. Exactly one of message, messages."""
+    """message is the first user message. Exactly one of message, messages; a fork may have
+    neither."""
     messages: (
         Annotated[
             tuple[Message, ...],
@@ -154,12 +191,18 @@ class AgentSessionSpec(Model):
 
     @model_validator(mode="after")
     def _check(self) -> AgentSessionSpec:
-        if (self.agent_ref is None) == (self.agent is None):
-            raise ValueError("exactly one of agentRef and agent must be set")
+        if [self.agent_ref, self.agent, self.fork].count(None) != 2:
+            raise ValueError("exactly one of agentRef, agent and fork must be set")
+        if self.fork is not None and (self.environment or self.environment_ref or self.resources):
+            raise ValueError(OF_THE_SOURCE)
         if self.environment_ref is not None and self.environment is not None:
             raise ValueError("at most one of environmentRef and environment may be set")
-        if (self.message is None) == (self.messages is None):
-            raise ValueError("exactly one of message and messages must be set")
+        if self.message is not None and self.messages is not None:
+            raise ValueError("at most one of message and messages may be set")
+        if self.fork is None and self.message is None and self.messages is None:
+            raise ValueError(
+                "one of message and messages must be set; only a fork may begin without"
+            )
         ids = [message.id for message in self.messages or ()]
         if len(set(ids)) != len(ids):
             raise ValueError("messages: each id may occur once")
@@ -280,6 +323,7 @@ __all__ = [
     "AgentSessionStatus",
     "Budget",
     "ErrorStatus",
+    "Fork",
     "HandStatus",
     "Message",
     "OperatingMode",

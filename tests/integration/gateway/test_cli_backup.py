@@ -102,6 +102,9 @@ async def test_the_right_to_restore_is_one_of_its_own(two, cli, tmp_path):
     out = await cli("restore", str(path), code=1)
     assert "ClusterRole cowhand-restore" in out
     assert [sid async for sid in two.logs["default"].session_ids()] == [OTHER]
+
+
+async def test_a_backup_needs_the_right_to_read_the_whole_namespace(two, cli, tmp_path):
     two.kube.rights.remove(("jane", "get", "events", "default"))
     await cli("backup", str(tmp_path / "no.ndjson"), code=1)
     assert not (tmp_path / "no.ndjson").exists()

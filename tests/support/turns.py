@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cowhand.harness.context import outgoing
 from cowhand.harness.decide import Append, SendRequest, next_step
 from cowhand.harness.journal import Journal
-from cowhand.harness.request import prefix_sha
+from cowhand.harness.profiles.registry import load
 from cowhand.harness.verify import verify
 from cowhand.session import events as ev
 from cowhand.session.events import Event, NewEvent
@@ -24,22 +25,23 @@ async def work(
     lease = await make.take(worker, sid)
     journal = Journal(worker, log, lease)
     await journal.load()
-    conversation = journal.conversation
-    step = next_step(conversation)
+    step = next_step(journal.conversation, profiles=load())
+    while isinstance(step, Append):
+        await journal.append(step.events)
+        step = next_step(journal.conversation, profiles=load())
     assert isinstance(step, SendRequest), step
-    prompt = conversation.prompt(step.horizon)
-    start = {
-        "n": step.n, "attempt": step.attempt, "horizon": step.horizon, "n_messages": len(prompt),
-        "prefix_sha": prefix_sha(conversation.base, sid, step.max_tokens, prompt),
-    }  # fmt: skip
-    begin = [NewEvent(ev.STATUS_RUNNING, {}), NewEvent(ev.MODEL_REQUEST_START, start)]
+    request = outgoing(
+        journal.conversation, n=step.n, attempt=step.attempt, horizon=step.horizon,
+        max_tokens=step.max_tokens, purpose=step.purpose, now_ms=journal.now_ms(),
+    )  # fmt: skip
+    begin = [NewEvent(ev.STATUS_RUNNING, {}), NewEvent(ev.MODEL_REQUEST_START, request.start)]
     await journal.append(begin)
     if idle:
         answer = {"message": message(text(said)), "request_id": "", "ttft_ms": 1, "duration_ms": 1}
         seq = journal.conversation.last_seq
         end = NewEvent(ev.MODEL_REQUEST_END, {"start": seq, "outcome": "ok"})
         await journal.append([NewEvent(ev.MODEL_RESPONSE, answer), end])
-        step = next_step(journal.conversation)
+        step = next_step(journal.conversation, profiles=load())
         assert isinstance(step, Append), step
         await journal.append(step.events)
         await worker.park(lease, journal.conversation.last_seq + 1)

@@ -17,6 +17,12 @@ from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
 
+KILL_S = 5.0
+"""Longest wait for killed processes to end."""
+
+KILL_ROUNDS = 1000
+"""How often it looks for them meanwhile."""
+
 
 class Child:
     """A started process. `exit` resolves to its exit code, negative for a signal."""
@@ -90,22 +96,28 @@ class Reaper:
 
     async def kill(self, child: Child) -> None:
         """SIGKILL the session of the child: its process group, and groups that job control made in it."""
-        kill_session(child.pid)
+        # One look is not enough: a process may fork between it and its signal, and a signal takes its time.
+        for _ in range(KILL_ROUNDS):
+            if not kill_session(child.pid):
+                break
+            await asyncio.sleep(KILL_S / KILL_ROUNDS)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(child.exit), 5)
+            await asyncio.wait_for(asyncio.shield(child.exit), KILL_S)
 
 
-def kill_session(leader: int) -> None:
-    """SIGKILL every process of the session that `leader` leads."""
+def kill_session(leader: int) -> bool:
+    """SIGKILL every process of the session that `leader` leads; whether there was one."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)
-    for pid in session_members(leader):
+    members = session_members(leader)
+    for pid in members:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+    return bool(members)
 
 
 def session_members(leader: int) -> list[int]:
-    """Process ids in the session of `leader`, read from /proc."""
+    """Process ids in the session of `leader` that have not ended, read from /proc."""
     members = []
     for name in os.listdir("/proc"):
         if not name.isdecimal():
@@ -113,6 +125,7 @@ def session_members(leader: int) -> list[int]:
         with contextlib.suppress(OSError, ValueError, IndexError):
             stat = Path("/proc", name, "stat").read_bytes()
             # Fields after the command name, which may itself hold blanks and parentheses.
-            if int(stat.rsplit(b")", 1)[1].split()[3]) == leader:
+            state, _, _, session = stat.rsplit(b")", 1)[1].split()[:4]
+            if int(session) == leader and state not in (b"Z", b"X"):
                 members.append(int(name))
     return members

@@ -10,6 +10,7 @@ import pytest
 from cowhand.desired import names
 from cowhand.harness.decide import SendRequest, next_step
 from cowhand.harness.fold import fold
+from cowhand.harness.profiles.registry import load
 from cowhand.kube import kinds
 from cowhand.session import connect
 from cowhand.session import events as ev
@@ -71,7 +72,7 @@ async def test_a_fork_goes_on_where_its_source_was(store: Any) -> None:
     assert created["agent"] == before[0].data["agent"]
     assert (await log.get_session(sid)).budget == {"max_tool_calls": 3}
     # Claude gets what it got before, and the new message; usage and turns count anew.
-    step = next_step(fold(sid, events))
+    step = next_step(fold(sid, events), profiles=load())
     assert isinstance(step, SendRequest)
     prompt = b"".join(one.raw() for one in fold(sid, events).prompt(step.horizon))
     assert b"another way" in prompt

@@ -95,6 +95,14 @@ def test_job_control_cannot_hide_a_child_from_the_timeout(box: Sandboxd) -> None
     assert not alive((box.workdir / "child").read_text().strip())
 
 
+def test_children_that_are_made_while_others_are_killed_are_killed_too(box: Sandboxd) -> None:
+    forks = "while :; do sleep 300 & echo $! >> children; done"
+    box.bash(f"set -m; ({forks}) & ({forks}) & ({forks}) & sleep 300", timeout_ms=300)
+    children = (box.workdir / "children").read_text().split()
+    assert len(children) > 10
+    assert not [pid for pid in children if alive(pid)]
+
+
 def test_exit_and_errexit_end_the_shell_and_the_result_says_so(box: Sandboxd) -> None:
     for command, code in (
         ("exit 7", 7),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -390,6 +390,52 @@ async def test_a_record_that_names_no_session_leads_nowhere(rig: Rig, tmp_path: 
     assert (tmp_path / "precious").exists()
 
 
+def aged(rig: Rig) -> tuple[Sweeper, Callable[[], None]]:
+    """A sweeper that lives so late that everything is old, and how an hour passes for it."""
+    now = [time.time() + ORPHAN_S + 60]
+
+    def hour() -> None:
+        now[0] += 3600
+
+    return Sweeper(rig.side, rig.objects, [NS], clock=lambda: now[0]), hour
+
+
+@pytest.mark.parametrize("noticed", [True, False], ids=["noticed", "control"])
+async def test_blobs_of_a_log_that_lost_its_end_are_kept(rig: Rig, noticed: bool) -> None:
+    """What a restored backup would bring back refers to them; without the mark they would be orphans."""
+    sid, _ = await rig.session(1)
+    await Direct(rig.objects).put_blob(NS, sid, b"of an event that was lost")
+    lost = layout.blob_path(NS, sid, sha256(b"of an event that was lost"))
+    if noticed:
+        meta = rig.store.keys(NS).session(sid).meta
+        await rig.store.writes.call("HSET", meta, "reg", "99:1")
+    sweeper, hour = aged(rig)
+    assert await sweeper.sweep_orphans(NS) == 0
+    hour()
+    assert await sweeper.sweep_orphans(NS) == (0 if noticed else 1)
+    assert (lost in await rig.files(sid)) is noticed
+
+
+async def test_a_loss_is_noticed_before_the_second_search(rig: Rig) -> None:
+    sid, _ = await rig.session(1)
+    await Direct(rig.objects).put_blob(NS, sid, b"of an event that was lost")
+    lost = layout.blob_path(NS, sid, sha256(b"of an event that was lost"))
+    sweeper, hour = aged(rig)
+    assert await sweeper.sweep_orphans(NS) == 0, "the store is back for a second: nobody knows yet"
+    await rig.store.writes.call("HSET", rig.store.keys(NS).session(sid).meta, "reg", "99:1")
+    hour()
+    assert await sweeper.sweep_orphans(NS) == 0
+    assert lost in await rig.files(sid)
+
+
+async def test_control_one_search_is_not_enough(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cowhand.archive.sweeper.CONFIRM_S", 0.0)
+    sid, _ = await rig.session(1)
+    await Direct(rig.objects).put_blob(NS, sid, b"of an event that was lost")
+    sweeper, _ = aged(rig)
+    assert await sweeper.sweep_orphans(NS) == 1, "before anybody could notice"
+
+
 async def test_only_an_old_blob_that_no_event_refers_to_is_an_orphan(rig: Rig) -> None:
     sid, original = await rig.session(8)
     archived, _ = await rig.session(8)
@@ -401,7 +447,10 @@ async def test_only_an_old_blob_that_no_event_refers_to_is_an_orphan(rig: Rig) -
     orphan = layout.blob_path(NS, sid, sha256(b"never appended"))
     young = Sweeper(rig.side, rig.objects, [NS])
     assert await young.sweep_orphans(NS) == 0
-    old = Sweeper(rig.side, rig.objects, [NS], clock=lambda: time.time() + ORPHAN_S + 60)
+    old, hour = aged(rig)
+    assert await old.sweep_orphans(NS) == 0, "only suspected"
+    assert orphan in await rig.files(sid)
+    hour()
     assert await old.sweep_orphans(NS) == 2
     assert orphan not in await rig.files(sid)
     assert await rig.fresh(sid) == original
@@ -415,8 +464,10 @@ async def test_blobs_of_a_log_that_cannot_be_read_whole_are_kept(rig: Rig, tmp_p
     await rig.archiver().cycle(NS)
     for file in (tmp_path / NS / sid / "segments").iterdir():
         file.unlink()
-    sweeper = Sweeper(rig.side, rig.objects, [NS], clock=lambda: time.time() + ORPHAN_S + 60)
+    sweeper, hour = aged(rig)
     before = await rig.files(sid)
+    assert await sweeper.sweep_orphans(NS) == 0
+    hour()
     assert await sweeper.sweep_orphans(NS) == 0
     assert await rig.files(sid) == before != []
 

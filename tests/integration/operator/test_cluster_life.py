@@ -92,6 +92,78 @@ async def test_a_list_that_proves_nothing_ends_nothing(rig: Rig, why: str) -> No
     assert len(rig.orphans) == 0
 
 
+def short(rig: Rig, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """Lists lack one object from now on, as from a cache that is behind; asked for by name it is there."""
+    whole = rig.kube.list
+
+    async def partial(*args: Any, **more: Any) -> list[dict[str, Any]]:
+        return [item for item in await whole(*args, **more) if item["metadata"]["name"] != missing]
+
+    monkeypatch.setattr(rig.kube, "list", partial)
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "control"])
+async def test_a_short_list_stops_neither_session_nor_harness(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, guard: bool
+) -> None:
+    one = await rig.kube.create(session("one"))
+    await rig.kube.create(session("two", message="other"))
+    for name in ("h1", "h2"):
+        await rig.kube.create(harness_pod(name))
+    await rig.settle()
+    if not guard:
+
+        async def believed(kind: kinds.Kind, gone: Any) -> dict[Any, Any]:
+            return dict(gone)
+
+        monkeypatch.setattr(rig.operator, "_confirmed", believed)
+    whole = rig.kube.list
+    for missing in ("one", "h1"):
+        short(rig, monkeypatch, missing)
+        await rig.operator.resync(spread_s=0.0)
+        monkeypatch.setattr(rig.kube, "list", whole)
+    sid = names.session_id(one["metadata"]["uid"])
+    assert ("session.suspended" in rig.log.types(NS, sid)) is not guard
+    await rig.settle()
+    assert (len(rig.log.dropped) == 0) is guard
+
+
+async def test_an_object_that_cannot_be_asked_for_is_not_gone(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await rig.kube.create(session("one"))
+    await rig.kube.create(session("two", message="other"))
+    await rig.settle()
+    rig.kube.vanish(AS, NS, "one")
+    rig.kube.fail("get", AS, KubeUnavailable("no answer"), times=99)
+    sid = names.session_id(one["metadata"]["uid"])
+    await rig.operator.resync(spread_s=0.0)
+    assert "session.suspended" not in rig.log.types(NS, sid)
+    rig.kube.heal()
+    await rig.operator.resync(spread_s=0.0)
+    assert "session.suspended" in rig.log.types(NS, sid), "when it can be asked for again"
+
+
+@pytest.mark.parametrize("returns", [True, False], ids=["returns", "control"])
+async def test_an_object_that_is_back_before_the_store_is_not_suspended(
+    rig: Rig, returns: bool
+) -> None:
+    one = await rig.kube.create(session("one"))
+    await rig.kube.create(session("two", message="other"))
+    await rig.settle()
+    kept = rig.kube.backup()
+    rig.kube.vanish(AS, NS, "one")
+    rig.log.down = True
+    await rig.operator.resync(spread_s=0.0)
+    rig.log.down, rig.logs._breaker._down = False, None
+    if returns:
+        rig.kube.restore(kept)
+        rig.operator.seen(AS, None, await rig.get(AS, "one"))
+    await rig.orphans.sweep()
+    sid = names.session_id(one["metadata"]["uid"])
+    assert ("session.suspended" in rig.log.types(NS, sid)) is not returns
+
+
 async def test_a_running_session_without_object_is_suspended_and_never_ended(rig: Rig) -> None:
     one = await rig.kube.create(session("one"))
     await rig.settle()

@@ -114,6 +114,28 @@ async def test_a_deleted_sandbox_is_a_lost_hand(rig: Rig) -> None:
     assert rig.kube.all(SBX) == []
 
 
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "control"])
+async def test_an_empty_list_of_sandboxes_loses_no_hand(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, guard: bool
+) -> None:
+    sid, name = await with_hand(rig)
+    await becomes_ready(rig, sid, name)
+
+    async def nothing(*args: Any, **more: Any) -> list[dict[str, Any]]:
+        return []
+
+    async def believed(namespace: str, snap: Any, hand: str, instance: int) -> Any:
+        return snap
+
+    monkeypatch.setattr(rig.kube, "list", nothing)
+    if not guard:
+        observer = rig.session_controller._observer
+        monkeypatch.setattr(observer, "_confirm_absence", believed)
+    await rig.look(AS, "one")
+    assert (await record(rig, sid)).state == ("Ready" if guard else "Lost")
+    assert len(rig.kube.all(POD)) == 1
+
+
 async def test_suspending_the_session_ends_its_sandbox(rig: Rig) -> None:
     sid, name = await with_hand(rig)
     await becomes_ready(rig, sid, name)

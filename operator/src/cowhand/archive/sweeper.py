@@ -1,8 +1,8 @@
 """Deletion: what the archive has of a session goes when its policy says so, and blobs that nothing refers to.
 
 Nothing is deleted because something is absent: a session goes only when its end was written down with a time (by
-`ControlLog.close`), a blob only after the whole log of a session that is there was read without meeting it. A store
-that was lost, or a listing that is empty, deletes nothing.
+`ControlLog.close`), a blob only after the whole log of a session that is there was read twice, an hour apart, without
+meeting it. A store that was lost, a log that lost its end, or a listing that is empty, deletes nothing.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ ORPHAN_SWEEP_S: Final = 3600.0
 """How often sessions are searched for such blobs."""
 
 
+CONFIRM_S: Final = 0.9 * ORPHAN_SWEEP_S
+"""A blob that one search did not find referred to goes when another one, so much later, does not either."""
+
+FORGET_S: Final = 86_400.0
+"""A suspicion that nobody confirmed in so long begins anew."""
+
+
 class Sweeper:
     """Deletes what is due.
 
@@ -57,6 +64,7 @@ class Sweeper:
         self._tenants = tenants
         self._clock = clock
         self._referred: set[str] = set()
+        self._suspects: dict[str, float] = {}
 
     async def run(self) -> None:
         """Sweep until cancelled; what fails is tried again."""
@@ -118,10 +126,26 @@ class Sweeper:
         referred = {f"{folder}/{digest}" for digest in await self._digests(namespace, session_id)}
         # An event is never taken back: what was once referred to need not be looked for again.
         self._referred |= referred & set(old)
-        orphans = [path for path in old if path not in referred]
+        orphans = self._twice([path for path in old if path not in referred])
         await self._objects.delete(orphans)
         ARCHIVE_DELETED.labels("orphan").inc(len(orphans))
         return len(orphans)
+
+    def _twice(self, paths: list[str]) -> list[str]:
+        """Those that were suspected an hour ago too.
+
+        A store that was just restored from an old copy does not say yet that its logs are behind (`log.regressed`):
+        the operator, which has seen more, needs some minutes to notice.
+        """
+        now = self._clock()
+        since = {path: self._suspects.setdefault(path, now) for path in paths}
+        sure = [path for path, first in since.items() if now - first >= CONFIRM_S]
+        for path in sure:
+            del self._suspects[path]
+        forgotten = [path for path, first in self._suspects.items() if now - first > FORGET_S]
+        for path in forgotten:
+            del self._suspects[path]
+        return sure
 
     async def _digests(self, namespace: str, session_id: str) -> set[str]:
         """Every blob that a log refers to; raises LogIncompatible if a position of it cannot be read."""
@@ -146,6 +170,6 @@ class Sweeper:
                 raise LogIncompatible(f"position {position} is in neither store nor archive")
             found |= {ref[0] for event in hot if (ref := reference_of(event.payload)) is not None}
             position = hot[-1].seq + 1
-        if position != await self._log.next_seq(namespace, session_id):
+        if position != await self._log.whole(namespace, session_id):
             raise LogIncompatible(f"position {position} is in neither store nor archive")
         return found

@@ -101,6 +101,7 @@ class Operator:
     def _seen_session(self, key: Key, body: Manifest, deleted: bool) -> None:
         known = _session_known(body)
         self._remember(kinds.AGENT_SESSION, key, known, deleted)
+        self.orphans.back(key[0], known.session_id)
         if deleted:
             # Usually its log has ended; where the finalizer was taken off by force it has not.
             self.orphans.add(key[0], known.session_id, keep=known.keep_log)
@@ -208,8 +209,8 @@ class Operator:
     async def resync(self, *, spread_s: float = RESYNC_S) -> None:
         """List everything, look at all of it again, and find deletions that nobody told us.
 
-        A list that fails, is empty, or is of a kind that is not served, proves nothing: then the objects
-        that we know are looked at one by one, and nothing is ended.
+        No list proves that an object is gone: one that fails or is empty is not looked at further, and what
+        another does not contain is asked for by its name.
         """
         for namespace in self._tenants:
             await self._resync_kind(kinds.AGENT_SESSION, namespace, "", spread_s)
@@ -230,6 +231,7 @@ class Operator:
             key = (namespace, item["metadata"]["name"])
             if kind == kinds.AGENT_SESSION:
                 self._by_session[_session_known(item).session_id] = key
+                self.orphans.back(namespace, _session_known(item).session_id)
                 self._known[kind][key] = _session_known(item)
                 self.sessions.add(key, random.uniform(0, spread_s))  # noqa: S311 - spreads load
             elif kind == kinds.SANDBOX:
@@ -241,7 +243,20 @@ class Operator:
                 for key, known in self._known[kind].items()
                 if key[0] == namespace and _is_other(there.get(key[1]), known)
             }
-            self._missed(kind, gone)
+            self._missed(kind, await self._confirmed(kind, gone))
+
+    async def _confirmed(self, kind: Kind, gone: Mapping[Key, Known]) -> dict[Key, Known]:
+        """Those that are gone by name and uid too; a list may be short for reasons of its own."""
+        confirmed: dict[Key, Known] = {}
+        for key, known in gone.items():
+            try:
+                item = await self._kube.get(kind, *key)
+            except CowhandError as err:
+                log.warning("resync: whether %s %s/%s is gone is not known: %s", kind, *key, err)
+                continue
+            if _is_other(item, known):
+                confirmed[key] = known
+        return confirmed
 
     def _missed(self, kind: Kind, gone: Mapping[Key, Known]) -> None:
         """Objects that are not there any more, and whose DELETED event never came.

@@ -36,6 +36,10 @@ class Orphans:
         """Suspend this session when that is possible: its object is missing, and nobody said that it was deleted."""
         self._strays.add((namespace, session_id))
 
+    def back(self, namespace: str, session_id: str) -> None:
+        """Its object is there: what `stray` was told is no longer so."""
+        self._strays.discard((namespace, session_id))
+
     def add(self, namespace: str, session_id: str, *, keep: bool = True) -> None:
         """End this session's log when that is possible; `keep` retains it for the usual time."""
         self._waiting[(namespace, session_id)] = self._retain_s if keep else 0

@@ -278,6 +278,7 @@ class SessionObserver:
                 record = await self.record(namespace, snap.session_id, *which)
                 if record is not None:
                     records[which] = record.state
+                    snap = await self._confirm_absence(namespace, snap, *which)
         except (StoreUnavailable, SessionNotFound) as err:
             return replace(snap, log=Unreachable(str(err)))
         timeouts = {
@@ -286,6 +287,20 @@ class SessionObserver:
             if hand["environment"].get("idleTimeoutSeconds")
         }
         return replace(snap, records=records, idle_timeouts=timeouts)
+
+    async def _confirm_absence(
+        self, namespace: str, snap: SessionSnapshot, hand: str, instance: int
+    ) -> SessionSnapshot:
+        """Ask for the Sandbox of a hand by its name where the list had none: only then it is lost."""
+        views = snap.sandboxes or ()
+        if any(view.ours and (view.hand, view.instance) == (hand, instance) for view in views):
+            return snap
+        name = names.sandbox_name(snap.session_id, hand, instance)
+        raw = await self._kube.get(kinds.SANDBOX, namespace, name)
+        view = None if raw is None else observe.sandbox_view(raw, snap.session_id)
+        if view is None or not view.ours or (view.hand, view.instance) != (hand, instance):
+            return snap
+        return replace(snap, sandboxes=(*views, view))
 
     async def record(
         self, namespace: str, session_id: str, hand: str, instance: int

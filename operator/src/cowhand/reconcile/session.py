@@ -141,7 +141,7 @@ def _hands(
             requeue = left if requeue is None else min(requeue, left)
         if key not in there or there[key].mode != mode:
             wishes.append(Wish(*key, mode))
-    surplus = [view for key, view in there.items() if key not in current]
+    surplus = [view for key, view in there.items() if _is_surplus(snap, log, key, current)]
     return replace(
         plan,
         losses=tuple(losses),
@@ -149,6 +149,20 @@ def _hands(
         drop=tuple((view.name, view.uid) for view in surplus),
         requeue_after=requeue,
     )
+
+
+def _is_surplus(
+    snap: SessionSnapshot, log: LogView, key: tuple[str, int], current: set[tuple[str, int]]
+) -> bool:
+    """Whether a Sandbox may go: the log says so, by its end or by a later instance of the hand.
+
+    That the log does not name it is no evidence: a log that lost its end, or was read from a server that is
+    behind, does not either. Once a person has accepted such a loss, what the log names is all there is.
+    """
+    if log.ended or snap.adopted or log.accepted:
+        return key not in current
+    hand, instance = key
+    return any(name == hand and newer > instance for name, newer in current)
 
 
 def _deleted(hand: str, instance: int) -> Loss:

@@ -89,13 +89,15 @@ class RedisArchiveLog(ArchiveLog):
             start = events[-1].seq + 1
         return events
 
-    async def next_seq(self, namespace: str, session_id: str) -> int:
-        """See `log.ArchiveLog.next_seq`."""
+    async def whole(self, namespace: str, session_id: str) -> int:
+        """See `log.ArchiveLog.whole`."""
         meta = self._store.keys(namespace).session(session_id).meta
-        found = await self._store.reads.call("HGET", meta, "next")
-        if found is None:
+        following, regressed = await self._store.reads.call("HMGET", meta, "next", "reg")
+        if following is None:
             raise SessionNotFound(f"there is no session {session_id}")
-        return int(found)
+        if regressed is not None:
+            raise LogIncompatible(f"the log of {session_id} lost its end")
+        return int(following)
 
     async def archived(self, namespace: str, session_id: str, first: int, last: int) -> bool:
         """See `log.ArchiveLog.archived`."""

@@ -548,8 +548,13 @@ class ArchiveLog(Protocol):
         At most `count`, and none after those before it have more than `size` bytes of payloads.
         """
 
-    async def next_seq(self, namespace: str, session_id: str) -> int:
-        """Position of the next event. Raises SessionNotFound."""
+    async def whole(self, namespace: str, session_id: str) -> int:
+        """Position of the next event of a log whose end nobody misses.
+
+        Raises:
+            SessionNotFound: there is no such session.
+            LogIncompatible: more of it was seen than there is (`log.regressed`), and nobody has accepted that.
+        """
 
     async def archived(self, namespace: str, session_id: str, first: int, last: int) -> bool:
         """Take positions that are durable in the archive out of the store.

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from chart.conftest import CHART, NS, ROOT, Json, Refused, Render, containers, pick, pods
+from cowhand import settings
 from cowhand.api.v1alpha1 import EnvironmentSpec
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
@@ -31,7 +32,15 @@ ALL_VALUES: tuple[Json, ...] = (
 )
 
 # Values whose content is the user's: a leaf for the documentation.
-OPAQUE = {"resources", "proxyResources", "defaultEnvironment", "nodeSelector", "labels", "options"}
+OPAQUE = {
+    "resources",
+    "proxyResources",
+    "defaultEnvironment",
+    "nodeSelector",
+    "labels",
+    "options",
+    "tenantWeights",
+}
 
 
 def leaves(node: Json, path: str = "") -> list[str]:
@@ -118,6 +127,9 @@ def test_schema_and_values_know_the_same_names() -> None:
         ({"archive": {"replicas": 2}}, "replicas"),
         ({"harness": {"min": 5, "max": 2}}, "harness.min"),
         ({"image": "cowhand:1"}, "image"),
+        ({"limits": {"maxConcurrentRequests": -1}}, "maxConcurrentRequests"),
+        ({"limits": {"tenantWeights": {"team-a": 0}}}, "tenantWeights"),
+        ({"limits": {"tenantWeights": {"Team A": 1}}}, "'Team A' does not match"),
     ],
 )
 def test_wrong_values_are_refused_by_name(render: Render, values: Json, text: str) -> None:
@@ -328,6 +340,25 @@ def test_a_changed_configuration_restarts_the_store(render: Render) -> None:
 
     assert mark("512mb") == mark("512mb")
     assert mark("512mb") != mark("1gb")
+
+
+def test_the_broker_knows_how_tenants_share_a_workspace(render: Render) -> None:
+    def told(limits: Json) -> dict[str, str]:
+        broker = pick(render({"limits": limits}), "Deployment", "cowhand-broker")
+        env = env_of(broker["spec"]["template"]["spec"]["containers"][0])
+        return {
+            name: value for name, value in env.items() if name.endswith(("REQUESTS", "WEIGHTS"))
+        }
+
+    assert told({}) == {"COWHAND_MAX_CONCURRENT_REQUESTS": "0"}
+    found = told(
+        {"maxConcurrentRequests": 64, "tenantWeights": {"b": 0.5, "team-a": 2, "c": 12.25}}
+    )
+    assert found == {
+        "COWHAND_MAX_CONCURRENT_REQUESTS": "64",
+        "COWHAND_TENANT_WEIGHTS": "b=0.5,c=12.25,team-a=2",
+    }
+    assert settings.weights(found["COWHAND_TENANT_WEIGHTS"]) == {"b": 0.5, "c": 12.25, "team-a": 2}
 
 
 def test_an_external_store_leaves_nothing_of_the_embedded_one(render: Render) -> None:

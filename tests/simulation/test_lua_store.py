@@ -18,6 +18,7 @@ from cowhand.session import worker as worker_module
 from cowhand.session.events import Event, NewEvent
 from cowhand.session.export import Export, header_of
 from cowhand.session.log import HandRecord, StoreConfig
+from cowhand.session.slots import Asked
 from cowhand.session.store import Store
 from support import sessions as make
 from support.log_machine import PICK, SESSIONS, LogMachine, World
@@ -184,6 +185,16 @@ async def test_every_script_once(store_url: str, twin: Twin) -> None:
             await gate.enter("w", "m", place=(await gate.enter("w", "m")).place)
         await gate.opened("w", "m", replace(entry, round=3))
         await gate.opened("w", "m", replace(entry, round=3))
+
+        slots = store.model_slots()
+        for client, namespace in (("1", "a"), ("2", "b"), ("1", "a")):
+            asked = Asked(client, 4, ("1", "2", "3"), ("0",))
+            await slots.ask("ab" * 32, namespace, asked, limit=4, weight=2)
+        ended = Asked("1", 0, (), (), ("0", "1", "2"))
+        await slots.ask("ab" * 32, "a", ended, limit=4, weight=2)
+        asked = Asked("2", 2, ("1", "4"), ("0",))
+        answer = await slots.ask("ab" * 32, "b", asked, limit=4, weight=2)
+        assert answer.granted == ("1", "4")
 
         await control.put_quota(NS, 100, 1000)
         with pytest.raises(QuotaExceeded):

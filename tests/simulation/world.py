@@ -637,7 +637,7 @@ class SimModel:
         session_id: str,
         lease: str,
         on_text: Callable[[int, str], None],
-        on_start: Callable[[], None],
+        on_start: Callable[..., None],
         betas: Sequence[str] = (),
     ) -> Response:
         world = self._world

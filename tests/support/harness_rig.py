@@ -402,7 +402,7 @@ class FakeModel:
         session_id: str,
         lease: str,
         on_text: Callable[[str], None],
-        on_start: Callable[[], None],
+        on_start: Callable[..., None],
         betas: Sequence[str] = (),
     ) -> Response:
         await self._log._point("model")

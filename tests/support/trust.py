@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from cowhand.broker.app import Broker, Names
+from cowhand.broker.app import Broker, Names, Sharing
 from cowhand.broker.keys import KeyStore
 from cowhand.errors import SessionNotFound
 from cowhand.proxy import harness, sandbox
@@ -190,13 +190,13 @@ class World:
         }
         return text
 
-    def secret(self, hosts: str, value: str = MODEL_KEY) -> None:
+    def secret(self, hosts: str, value: str = MODEL_KEY, *, namespace: str = NAMESPACE) -> None:
         self.kube.put(
             {
                 "apiVersion": "v1",
                 "kind": "Secret",
                 "metadata": {
-                    "namespace": NAMESPACE,
+                    "namespace": namespace,
                     "name": "cowhand-model",
                     "annotations": {"cowhand.dev/allowed-hosts": hosts},
                 },
@@ -437,10 +437,12 @@ class Rig:
         self.stack.callback(client.close)
         return client
 
-    async def harness(self, *, limits: Limits | None = None, **options: Any) -> Server:
+    async def harness(
+        self, *, limits: Limits | None = None, token: str = "harness-token", **options: Any
+    ) -> Server:
         """A harness proxy that serves on loopback."""
         proxy = harness.HarnessProxy(
-            self.client("harness-token"), ca_file=str(self.authority.ca_file), **options
+            self.client(token), ca_file=str(self.authority.ca_file), **options
         )
         server = Server(proxy.app, harness.render, limits=limits)
         await server.start("127.0.0.1", 0)
@@ -479,7 +481,9 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def rig(folder: Path, *, upstream_tls: bool = False) -> AsyncIterator[Rig]:
+async def rig(
+    folder: Path, *, upstream_tls: bool = False, sharing: Sharing | None = None
+) -> AsyncIterator[Rig]:
     """A broker with one tenant, one session under lease, one model Secret, and an upstream."""
     authority = Authority(folder / "ca")
     async with contextlib.AsyncExitStack() as stack:
@@ -502,6 +506,7 @@ async def rig(folder: Path, *, upstream_tls: bool = False) -> AsyncIterator[Rig]
             names=Names(
                 (NAMESPACE, OTHER_NAMESPACE), GATEWAY, "cowhand-harness", "cowhand-sandbox"
             ),
+            sharing=sharing,
         )
         runner = web.AppRunner(broker.application(), access_log=None, shutdown_timeout=1)
         await runner.setup()

@@ -46,6 +46,12 @@ def _words(raw: str) -> tuple[str, ...]:
     return tuple(word for word in (part.strip() for part in raw.split(",")) if word)
 
 
+def _count(raw: str) -> int:
+    if not raw.isdecimal():
+        raise ValueError("give a whole number, 0 or more")
+    return int(raw)
+
+
 def size(raw: str) -> int:
     """Bytes of a size in the store's own units: `1024`, `100k`, `64kb`, `512mb`, `2gb` (k is 1000, kb is 1024)."""
     text = raw.strip().lower()
@@ -322,6 +328,21 @@ class BrokerSettings:
     """ServiceAccount name of sandbox pods in a tenant (default cowhand-sandbox)."""
     metrics_port: int = 0
     """Port of the metrics, plain HTTP (`COWHAND_METRICS_PORT`, default 0: none)."""
+    max_concurrent_requests: int = 0
+    """Model requests to one workspace at the same time, over all tenants (default 0: no limit, and no shares)."""
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    """Shares of tenants in it (`COWHAND_TENANT_WEIGHTS`, for example `team-a=2,team-b=0.5`; default 1 each)."""
+
+
+def weights(raw: str) -> Mapping[str, float]:
+    """`name=number` words; each number from 0.01 to 100."""
+    found = {}
+    for word in _words(raw):
+        name, _, number = word.partition("=")
+        found[name] = float(number)
+        if not name or not 0.01 <= found[name] <= 100:
+            raise ValueError("give name=number for each tenant, numbers from 0.01 to 100")
+    return found
 
 
 def broker(env: Mapping[str, str] | None = None) -> BrokerSettings:
@@ -342,6 +363,8 @@ def broker(env: Mapping[str, str] | None = None) -> BrokerSettings:
         harness_account=_get(env, "HARNESS_ACCOUNT", "cowhand-harness", str),
         sandbox_account=_get(env, "SANDBOX_ACCOUNT", "cowhand-sandbox", str),
         metrics_port=_get(env, "METRICS_PORT", 0, int),
+        max_concurrent_requests=_get(env, "MAX_CONCURRENT_REQUESTS", 0, _count),
+        tenant_weights=_get(env, "TENANT_WEIGHTS", {}, weights),
     )
 
 

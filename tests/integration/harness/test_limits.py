@@ -194,6 +194,91 @@ async def test_what_shuts_the_gate(
     assert line.told == expected[told]
 
 
+@pytest.mark.parametrize(
+    ("tell", "exhausted_s", "told"),
+    [
+        (False, 0.0, []),
+        (False, 7.5, [("shut", 3, "rate_limit_error", 7.5)]),
+        (True, 7.5, [("shut", 3, "rate_limit_error", 7.5)]),
+        (True, 0.0, [("opened", 3)]),
+    ],
+)
+async def test_a_limit_that_is_used_up_shuts_the_gate_before_anybody_is_refused(
+    tell: bool, exhausted_s: float, told: list[Any]
+) -> None:
+    made, line = world(), Line(Entry(round=3, tell=tell))
+    rig = Rig(made, lambda request: message(text("hi")))
+
+    class Telling:
+        """An endpoint whose headers say that this was the last request for now."""
+
+        async def stream(self, body: bytes, *, on_start: Any, **more: Any) -> Any:
+            on_start(exhausted_s)
+            return await rig_model.stream(body, on_start=lambda *_: None, **more)
+
+    rig_model = rig.around.model
+    rig.around = replace(rig.around, gate=line, model=Telling())
+    assert await rig.run() is End.PARKED
+    assert line.told == told
+
+
+class Turns:
+    """Slots that are given when the test says so."""
+
+    def __init__(self, *answers: bool) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[str, str]] = []
+        self.news = asyncio.Event()
+
+    async def reserve(self, session_id: str, lease: str) -> bool:
+        self.asked.append((session_id, lease))
+        self.news.set()
+        if self.answers:
+            return self.answers.pop(0)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_a_request_is_written_down_when_its_turn_has_come() -> None:
+    made, turns = world(), Turns(False, False, True, True)
+    rig = Rig(made, lambda request: message(text("hi")))
+    rig.around = replace(rig.around, slots=turns)
+    seen: list[int] = []
+    ask = turns.reserve
+
+    async def reserve(session_id: str, lease: str) -> bool:
+        seen.append(made.types().count(ev.MODEL_REQUEST_START))
+        return await ask(session_id, lease)
+
+    turns.reserve = reserve  # type: ignore[method-assign]
+    assert await rig.run() is End.PARKED
+    assert seen == [0, 0, 0, 0], "after a wait the log is looked at again, the slot is kept"
+    assert len(made.requests) == 1
+    assert made.types().count(ev.MODEL_REQUEST_END) == 1
+
+
+@pytest.mark.parametrize("how", ["interrupt", "drain"])
+async def test_who_waits_for_a_turn_can_be_stopped(how: str) -> None:
+    made, turns = world(), Turns(False)
+    rig = Rig(made, lambda request: message(text("hi")))
+    rig.around = replace(rig.around, slots=turns)
+    work = asyncio.ensure_future(rig.run())
+    while len(turns.asked) < 2:
+        turns.news.clear()
+        await turns.news.wait()
+    assert rig.loop is not None
+    if how == "drain":
+        rig.loop.drain()
+        assert await work is End.DRAINED
+    else:
+        made.emit(NewEvent(ev.USER_INTERRUPT, ACTOR, id="i"))
+        rig.loop.poke()
+        assert await work is End.PARKED
+        assert made.data(ev.STATUS_IDLE)[-1]["stop_reason"]["type"] == "interrupted"
+    assert made.requests == []
+    assert ev.MODEL_REQUEST_START not in made.types()
+
+
 async def test_a_log_of_a_newer_release_is_refused_and_kept() -> None:
     made = world(assembler=3)
     made.emit(user("more", "m2"))

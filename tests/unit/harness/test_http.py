@@ -154,3 +154,30 @@ async def test_a_request_that_was_sent_is_not_kept(endpoint: Endpoint) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await model.close()
+
+
+async def test_the_model_client_tells_when_a_limit_is_used_up(endpoint: Endpoint) -> None:
+    stream = (
+        b'event: message_start\ndata: {"type":"message_start","message":{"role":"assistant"}}\n\n'
+        b'event: content_block_start\ndata: {"type":"content_block_start","index":0,'
+        b'"content_block":{"type":"text","text":""}}\n\n'
+        b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"}}\n\n'
+        b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    )
+    head = (
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n%s"
+        b"date: Thu, 21 Aug 2025 12:41:00 GMT\r\ncontent-length: %d\r\n\r\n"
+    )
+    limit = (
+        b"anthropic-ratelimit-input-tokens-remaining: 0\r\n"
+        b"anthropic-ratelimit-input-tokens-reset: 2025-08-21T12:41:09Z\r\n"
+    )
+    model = AnthropicModel(endpoint.url)
+    for extra, expected in ((b"", 0.0), (limit, 9.0)):
+        endpoint.answer = head % (extra, len(stream)) + stream
+        told: list[float] = []
+        await model.stream(
+            b"{}", session_id="s", lease="l", on_text=lambda *_: None, on_start=told.append
+        )
+        assert told == [expected]
+    await model.close()

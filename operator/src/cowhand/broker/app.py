@@ -21,6 +21,7 @@ from cowhand.kube import kinds
 from cowhand.kube.client import Kube
 from cowhand.kube.review import STATUS, Caller, Refusal, Reviewer, check_pod_account
 from cowhand.session.log import ControlLog, HandRecord, SessionLog
+from cowhand.session.slots import ModelSlots
 from cowhand.telemetry.metrics import count_request
 from cowhand.wire.keys import dump_keys
 from cowhand.wire.records import sign_record, verify_record
@@ -65,6 +66,21 @@ class Names:
     sandbox: str
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """How tenants share a model workspace.
+
+    Attributes:
+        slots: where the requests that are under way are counted.
+        limit: requests to one workspace at the same time.
+        weights: tenant -> its share; 1 for those that are not named.
+    """
+
+    slots: ModelSlots
+    limit: int
+    weights: Mapping[str, float]
+
+
 class Broker:
     """The handlers, over what they need.
 
@@ -74,6 +90,7 @@ class Broker:
         control: hand records.
         keys: signing keys.
         names: whom to serve.
+        sharing: None: nobody waits for a slot.
         clock: seconds since the epoch.
     """
 
@@ -85,6 +102,7 @@ class Broker:
         control: ControlLog,
         keys: KeyStore,
         names: Names,
+        sharing: Sharing | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._kube = kube
@@ -92,6 +110,7 @@ class Broker:
         self._control = control
         self._keys = keys
         self._names = names
+        self._sharing = sharing
         self._clock = clock
         self._reviewer = Reviewer(kube, labels.AUDIENCE_BROKER)
         self._model_keys = ModelKeys(kube)
@@ -104,6 +123,7 @@ class Broker:
         app.router.add_post("/v1/hand-token", self._route(self.hand_token))
         app.router.add_post("/v1/exec-token", self._route(self.exec_token))
         app.router.add_post("/v1/model-credential", self._route(self.model_credential))
+        app.router.add_post("/v1/model-slots", self._route(self.model_slots))
         app.router.add_get("/v1/keys", self._public_keys)
         app.router.add_get("/healthz", self._health)
         return app
@@ -191,7 +211,28 @@ class Broker:
         rejected = body.get("rejected", "")
         if not isinstance(rejected, str):
             raise Refused(Refusal("invalid", "rejected must be the id of a credential."))
-        return allowed(await self._model_keys.credential(caller.namespace, model, rejected))
+        answer = allowed(await self._model_keys.credential(caller.namespace, model, rejected))
+        if self._sharing is None:
+            del answer["pool"]
+        return answer
+
+    async def model_slots(self, caller: Caller, body: Mapping[str, Any], _: str) -> dict[str, Any]:
+        """Which of a proxy's requests may be sent, so that no tenant takes a workspace for itself.
+
+        The tenant is the calling pod's own, whatever it says; a pool that is not its own it cannot name.
+        """
+        self._only(caller, self._names.harness)
+        pool, asked = allowed(policy.slots_asked(body))
+        if self._sharing is None:
+            return {"granted": list(asked.wanted), "pause_ms": 0}
+        answer = await self._sharing.slots.ask(
+            pool,
+            caller.namespace,
+            asked,
+            limit=self._sharing.limit,
+            weight=self._sharing.weights.get(caller.namespace, 1.0),
+        )
+        return {"granted": list(answer.granted), "pause_ms": answer.pause_ms}
 
     def _only(self, caller: Caller, account: str) -> None:
         refusal = check_pod_account(caller, account, self._names.tenants)

@@ -17,9 +17,18 @@ from urllib.parse import urlsplit
 from cowhand.api import labels
 from cowhand.kube.review import Caller, Refusal
 from cowhand.session.log import HandRecord, SessionState
+from cowhand.session.slots import Asked
 
 _SESSION: Final = re.compile(r"sesn_[0-9a-f]{32}")
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
+_SLOT: Final = re.compile(r"[0-9a-z]{1,16}")
+
+MAX_SLOTS: Final = 4096
+"""Requests that one proxy may name at a time; it serves 2048 connections."""
+
+MAX_COUNT: Final = 1_000_000
+MAX_PAUSE_MS: Final = 60_000
+"""A proxy cannot stop a workspace for longer than the endpoint's limits last, which are per minute."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +219,31 @@ def exec_request(
     if namespace not in tenants:
         return Refusal("not_found", f"The namespace {namespace} is not a tenant.")
     return ExecRequest(namespace, sandbox_uid, actor)
+
+
+def slots_asked(body: Mapping[str, Any]) -> tuple[str, Asked] | Refusal:
+    """The pool and what a harness proxy says of its requests, from the body of `POST /v1/model-slots`."""
+    wrong = Refusal(
+        "invalid",
+        'Send {"pool": 64 hex digits, "client": text, "waiting": number, "wanted", "held", "done": lists of ids,'
+        ' "pause_ms"?: number}.',
+    )
+    pool, client = body.get("pool"), body.get("client")
+    counts = body.get("waiting"), body.get("pause_ms", 0)
+    ids = [body.get(name) for name in ("wanted", "held", "done")]
+    if not isinstance(pool, str) or not _HASH.fullmatch(pool):
+        return wrong
+    if not isinstance(client, str) or not _SLOT.fullmatch(client):
+        return wrong
+    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts):
+        return wrong
+    if not all(isinstance(items, list) and len(items) <= MAX_SLOTS for items in ids):
+        return wrong
+    wanted, held, done = (tuple(items or ()) for items in ids)
+    if not all(isinstance(i, str) and _SLOT.fullmatch(i) for i in (*wanted, *held, *done)):
+        return wrong
+    waiting, pause_ms = (int(count or 0) for count in counts)
+    return pool, Asked(client, waiting, wanted, held, done, min(pause_ms, MAX_PAUSE_MS))
 
 
 def secret_of(model: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -13,7 +13,7 @@ from typing import Final
 from aiohttp import web
 
 from cowhand import session
-from cowhand.broker.app import Broker, Names
+from cowhand.broker.app import Broker, Names, Sharing
 from cowhand.broker.keys import RELOAD_S, KeyStore
 from cowhand.errors import CowhandError, Retryable, UserError
 from cowhand.kube import client
@@ -48,6 +48,7 @@ async def run(settings: BrokerSettings) -> None:
         store = await stack.enter_async_context(session.connect(config))
         store.keep_scripts()
         await store.require_durability()
+        limit = settings.max_concurrent_requests
         broker = Broker(
             kube=kube,
             sessions=store.session_log,
@@ -59,6 +60,7 @@ async def run(settings: BrokerSettings) -> None:
                 settings.harness_account,
                 settings.sandbox_account,
             ),
+            sharing=Sharing(store.model_slots(), limit, settings.tenant_weights) if limit else None,
         )
         reload = asyncio.create_task(_reload(keys))
         stack.callback(reload.cancel)

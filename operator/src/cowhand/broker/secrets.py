@@ -6,6 +6,7 @@ A value is wrapped as soon as it is read: its repr is redacted, and no error her
 from __future__ import annotations
 
 import base64
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -97,6 +98,7 @@ class ModelKeys:
             "headers": {},
             "expires_in_s": LIFETIME_S,
             "credential_id": "none",
+            "pool": pool_of(base_url, None),
         }
         named = secret_of(model)
         if named is None:
@@ -110,6 +112,7 @@ class ModelKeys:
         return answer | {
             "headers": _headers(key.value),
             "credential_id": key.credential_id,
+            "pool": pool_of(base_url, key.value),
         }
 
     async def _key(self, namespace: str, name: str, key: str, rejected: str) -> ModelKey | Refusal:
@@ -139,6 +142,15 @@ class ModelKeys:
         else:
             self._cache.pop(place, None)
         return found
+
+
+def pool_of(base_url: str, key: SecretText | None) -> str:
+    """Name of the workspace that an endpoint counts: who sends the same key to the same place shares its limits.
+
+    A digest that nobody can guess without the key, whatever the Secret is called and in which tenant it is.
+    """
+    text = f"{base_url.rstrip('/')}\n{'' if key is None else key.reveal()}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parse_model_key(

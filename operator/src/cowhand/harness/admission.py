@@ -61,12 +61,16 @@ class Admission:
         self._place, self._model, self._entry = entry.place, model, entry
         return entry
 
-    def answered(self) -> None:
-        """The endpoint has begun to answer, whatever it says."""
-        if not self._entry.tell or self._entry.place:
+    def answered(self, exhausted_s: float = 0.0) -> None:
+        """The endpoint has begun to answer, whatever it says.
+
+        Args:
+            exhausted_s: a limit was used up by this request: the gate is shut for so long before anybody is refused.
+        """
+        if self._entry.place or (not self._entry.tell and not exhausted_s):
             return
         entry, self._entry = self._entry, Entry(round=self._entry.round)
-        task = asyncio.create_task(self._opened(entry))
+        task = asyncio.create_task(self._tell(entry, exhausted_s))
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
@@ -83,9 +87,18 @@ class Admission:
             ),
         )
 
-    async def _opened(self, entry: Entry) -> None:
+    async def _tell(self, entry: Entry, exhausted_s: float) -> None:
         with contextlib.suppress(StoreUnavailable):
-            await self._gate.opened(self._workspace, self._model, entry)
+            if exhausted_s:
+                await self._gate.shut(
+                    self._workspace,
+                    self._model,
+                    entry,
+                    kind=RATE_LIMIT,
+                    retry_after_s=exhausted_s,
+                )
+            else:
+                await self._gate.opened(self._workspace, self._model, entry)
 
     async def close(self) -> None:
         """Wait for what is on its way."""

@@ -37,6 +37,7 @@ from cowhand.harness.fold import tool_uses
 from cowhand.harness.journal import Journal, steadily
 from cowhand.harness.model import Model, Response
 from cowhand.harness.profiles.base import Profile
+from cowhand.harness.slots import NoSlots, Slots
 from cowhand.harness.stream import ModelError
 from cowhand.harness.window import Purpose
 from cowhand.session import events as ev
@@ -93,6 +94,7 @@ class Surroundings:
         make_hands: session -> its hands.
         admit: returns when new work may start (the worker's heartbeat is fresh).
         gate: rate gate of the tenant; by default it is always open.
+        slots: turns at the workspace that tenants share; by default nobody waits.
         preview: session id, position of the request, index of the block, text: called for each piece of visible
             text as it streams; must not wait.
         preview_end: session id: the response is over, whole or not.
@@ -104,6 +106,7 @@ class Surroundings:
     make_hands: Callable[[SessionLoop], Hands]
     admit: Callable[[], Awaitable[None]]
     gate: RateGate = field(default_factory=OpenGate)
+    slots: Slots = field(default_factory=NoSlots)
     preview: Callable[[str, int, int, str], None] = lambda _session, _start, _block, _text: None
     preview_end: Callable[[str], None] = lambda _session: None
     probe: Callable[[str], None] = lambda _point: None
@@ -425,8 +428,18 @@ class SessionLoop:
             return False
         entry = await self._admission.enter(str(conversation.base["model"]), conversation.wake_at)
         if not entry.place:
-            return True
+            return await self._turn()
         await self._pause(entry.kind, (entry.place - self._journal.now_ms()) / 1000)
+        return False
+
+    async def _turn(self) -> bool:
+        """Wait for a slot of the workspace; False: it took a while, so look at the log again, the slot is kept."""
+        reserve = self._around.slots.reserve
+        waited = False
+        with contextlib.suppress(Stopped):
+            while not await self._race(reserve(self.session_id, self.lease), self._stop_waits):
+                waited = True
+            return not waited
         return False
 
     async def _pause(self, reason: str, pause: float) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from cowhand.harness.model import Model, Response, nothing
+from cowhand.harness.model import Model, OnStart, Response, nothing
 from cowhand.harness.stream import ModelError
 from cowhand.telemetry import metrics
 
@@ -49,7 +49,7 @@ class MeteredModel:
         session_id: str,
         lease: str,
         on_text: Callable[[int, str], None],
-        on_start: Callable[[], None] = nothing,
+        on_start: OnStart = nothing,
         betas: Sequence[str] = (),
     ) -> Response:
         """As the model inside."""

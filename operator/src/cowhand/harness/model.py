@@ -19,6 +19,7 @@ import httpx2
 
 from cowhand.harness.http import AiohttpTransport
 from cowhand.harness.stream import Accumulator, ModelError
+from cowhand.wire.ratelimit import exhausted_s
 
 PIECE: Final = 256 * 1024
 """Bytes of a request that are sent at a time."""
@@ -40,7 +41,14 @@ _MALFORMED: Final = (ValueError, LookupError, TypeError, AttributeError, Recursi
 """What reading an answer of another shape than the API's raises: the endpoint may send anything."""
 
 
-def nothing() -> None:
+class OnStart(Protocol):
+    """Called once, when the endpoint begins to answer."""
+
+    def __call__(self, exhausted_s: float = 0.0) -> None:
+        """`exhausted_s`: seconds until a limit that is used up now is there again, 0 if none is."""
+
+
+def nothing(exhausted_s: float = 0.0) -> None:
     """What `on_start` does by default."""
 
 
@@ -71,7 +79,7 @@ class Model(Protocol):
         session_id: str,
         lease: str,
         on_text: Callable[[int, str], None],
-        on_start: Callable[[], None] = nothing,
+        on_start: OnStart = nothing,
         betas: Sequence[str] = (),
     ) -> Response:
         """Send `body` as it is; `on_text` gets each piece of visible text as it comes.
@@ -81,7 +89,7 @@ class Model(Protocol):
             session_id: for the proxy.
             lease: for the proxy.
             on_text: called with each piece and the index of its content block.
-            on_start: called once, when the endpoint begins to answer.
+            on_start: see `OnStart`.
             betas: values of the header `anthropic-beta`.
 
         Raises:
@@ -156,7 +164,7 @@ class AnthropicModel:
         session_id: str,
         lease: str,
         on_text: Callable[[int, str], None],
-        on_start: Callable[[], None] = nothing,
+        on_start: OnStart = nothing,
         betas: Sequence[str] = (),
     ) -> Response:
         """See `Model`."""
@@ -182,7 +190,7 @@ class AnthropicModel:
         content: AsyncIterator[bytes],
         headers: dict[str, str],
         on_text: Callable[[int, str], None],
-        on_start: Callable[[], None],
+        on_start: OnStart,
     ) -> Response:
         began = time.monotonic()
         # cast_to is only the type of parsed events, which we never ask for.
@@ -205,7 +213,7 @@ class AnthropicModel:
                 text = gathered.feed(item.data)
                 if ttft is None and gathered.started:
                     ttft = time.monotonic() - began
-                    on_start()
+                    on_start(exhausted_s(stream.response.headers))
                 if text:
                     on_text(gathered.block, text)
         finally:

@@ -25,6 +25,7 @@ from cowhand.harness.metering import MeteredModel
 from cowhand.harness.model import AnthropicModel, Model
 from cowhand.harness.previews import Previewer
 from cowhand.harness.profiles import registry
+from cowhand.harness.slots import ProxySlots
 from cowhand.harness.worker import Worker, WorkerSettings
 from cowhand.session.log import StoreConfig
 from cowhand.session.remote import HttpArchive
@@ -93,7 +94,7 @@ async def _run(settings: HarnessSettings, ready: Path) -> None:
     store = session.connect(
         store_config(settings.store), namespace=settings.namespace, archive=archive
     )
-    previewer = Previewer(store.previews())
+    previewer, slots = Previewer(store.previews()), ProxySlots(settings.proxy_url)
     try:
         worker = Worker(
             store.worker_log(settings.pod_uid),
@@ -101,6 +102,7 @@ async def _run(settings: HarnessSettings, ready: Path) -> None:
             replace(
                 surroundings(MeteredModel(model), transport, credentials, limits),
                 gate=store.rate_gate(),
+                slots=slots,
                 preview=previewer,
                 preview_end=previewer.end,
             ),
@@ -120,6 +122,7 @@ async def _run(settings: HarnessSettings, ready: Path) -> None:
         _remove(ready)
         await previewer.close()
         await model.close()
+        await slots.close()
         await transport.close()
         await credentials.close()
         await store.aclose()

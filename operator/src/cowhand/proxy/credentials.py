@@ -32,6 +32,7 @@ class Credential:
         credential_id: a name that can be logged.
         refresh_at: clock reading from which on a new one is fetched ahead.
         usable_until: clock reading from which on it is not used.
+        pool: name of the workspace that its requests need slots of, empty if they need none.
     """
 
     origin: Origin
@@ -39,6 +40,7 @@ class Credential:
     credential_id: str
     refresh_at: float
     usable_until: float
+    pool: str = ""
 
 
 def parse_credential(answer: Mapping[str, Any], now: float) -> Credential:
@@ -56,10 +58,12 @@ def parse_credential(answer: Mapping[str, Any], now: float) -> Credential:
         ]
         usable_s = float(answer["expires_in_s"]) - EXPIRY_MARGIN_S
         credential_id = str(answer["credential_id"])
+        pool = str(answer.get("pool") or "")
     except (KeyError, TypeError, ValueError, AttributeError):
         # Without the cause: it could quote a header's value.
         raise BrokerUnavailable("The broker's answer is not a credential.", after=5) from None
-    return Credential(origin, headers, credential_id, now + usable_s * REFRESH_AT, now + usable_s)
+    refresh_at, usable_until = now + usable_s * REFRESH_AT, now + usable_s
+    return Credential(origin, headers, credential_id, refresh_at, usable_until, pool)
 
 
 class CredentialCache:

@@ -23,6 +23,8 @@ from cowhand.proxy.credentials import Credential, CredentialCache
 from cowhand.proxy.http1 import Headers, Limits, end_to_end, fold
 from cowhand.proxy.relay import relay
 from cowhand.proxy.server import Exchange, Refusal
+from cowhand.proxy.slots import Slots
+from cowhand.wire.ratelimit import refused_s
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,9 @@ MAX_ANSWER: Final = 64 * 1024 * 1024
 
 MAX_POOLS: Final = 64
 MAX_SMALL_BODY: Final = 64 * 1024
+
+SLOT_WAIT_S: Final = 5.0
+"""How long a harness that asks for a slot is kept waiting for the answer."""
 
 MESSAGES: Final = ("/v1/messages", "/v1/messages?beta=true")
 """The only targets that are passed on; the SDK's beta client adds the query."""
@@ -128,6 +133,7 @@ class HarnessProxy:
         self._tls: ssl.SSLContext | None = None
         self._credentials = CredentialCache(self._fetch)
         self._pools: OrderedDict[tuple[Origin, str], Pool] = OrderedDict()
+        self._slots = Slots(lambda body: broker.post("/v1/model-slots", body))
 
     async def app(self, exchange: Exchange) -> None:
         """Answer one request."""
@@ -137,6 +143,7 @@ class HarnessProxy:
         routes = {
             "/cowhand/hand-token": ("POST", self._hand_token),
             "/cowhand/keys": ("GET", self._keys),
+            "/cowhand/model-slot": ("POST", self._model_slot),
         } | dict.fromkeys(MESSAGES, ("POST", self._messages))
         route = routes.get(exchange.target)
         if route is None:
@@ -156,6 +163,7 @@ class HarnessProxy:
 
     def close(self) -> None:
         """Close the kept connections."""
+        self._slots.close()
         for pool in self._pools.values():
             pool.close()
         if self._archive is not None:
@@ -173,9 +181,19 @@ class HarnessProxy:
             exchange.get("x-cowhand-session"), exchange.get("x-cowhand-lease")
         )
         credential = await self._credentials.get(session_id, lease)
+        if not credential.pool:
+            await self._relay(exchange, credential)
+            return
+        async with self._slots.line(credential.pool).slot((session_id, lease)):
+            await self._relay(exchange, credential)
+
+    async def _relay(self, exchange: Exchange, credential: Credential) -> None:
         pool = self._pool(credential)
 
         def answer(status: int, headers: Headers) -> Headers:
+            if credential.pool:
+                told = {n.decode("latin-1"): v.decode("latin-1") for n, v in headers}
+                self._slots.line(credential.pool).paused(refused_s(status, told))
             if status == 401 and self._credentials.reject(credential.credential_id):
                 text = (
                     f"{credential.origin.host} refused the credential {credential.credential_id};"
@@ -202,6 +220,21 @@ class HarnessProxy:
         finally:
             if connection is not None:
                 pool.release(connection)
+
+    async def _model_slot(self, exchange: Exchange) -> None:
+        """A harness asks before it writes down that it sends: its wait is no part of the request then."""
+        try:
+            body = json.loads(await exchange.read_body(MAX_SMALL_BODY))
+            session_id, lease = str(body["session_id"]), str(body["lease"])
+        except (ValueError, KeyError, TypeError) as err:
+            text = 'Send {"session_id", "lease"} as JSON.'
+            raise Refusal(400, "invalid_request_error", text) from err
+        credential = await self._credentials.get(*_named(session_id, lease))
+        granted = True
+        if credential.pool:
+            line = self._slots.line(credential.pool)
+            granted = await line.wait((session_id, lease), SLOT_WAIT_S)
+        await _respond(exchange, {"granted": granted, "shared": bool(credential.pool)})
 
     def _pool(self, credential: Credential) -> Pool:
         """Connections are shared only between requests with the same place and the same credential."""

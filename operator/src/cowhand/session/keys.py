@@ -22,6 +22,22 @@ def doomed(prefix: str) -> str:
     return f"{prefix}:doomed"
 
 
+def slots(prefix: str, pool: str, partitions: int) -> str:
+    """Hash of the slots of a model workspace (`slots.py`); outside of every tenant's keys.
+
+    Args:
+        prefix: first part of every key.
+        pool: hex digest that names the workspace.
+        partitions: P of the store.
+    """
+    return f"{prefix}:{{p{crc(pool) % partitions:02d}}}:slots.{pool}"
+
+
+def crc(name: str) -> int:
+    """CRC16 (XMODEM), which partitions are chosen by."""
+    return binascii.crc_hqx(name.encode(), 0)
+
+
 @dataclass(frozen=True)
 class Keys:
     """Key names of one tenant.
@@ -38,7 +54,7 @@ class Keys:
 
     def partition(self, name: str) -> int:
         """Partition of a session id, sandbox uid or tombstone: CRC16 (XMODEM) modulo P."""
-        return binascii.crc_hqx(name.encode(), 0) % self.partitions
+        return crc(name) % self.partitions
 
     def base(self, partition: int) -> str:
         """`<prefix>:<namespace>:{pNN}:`, the beginning of every key of a partition."""

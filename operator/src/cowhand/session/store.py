@@ -40,6 +40,7 @@ from cowhand.session.link import Link, Pipe, connection_factory, translate
 from cowhand.session.log import ArchiveLog, ControlLog, SessionLog, StoreConfig, WorkerLog
 from cowhand.session.preview import Previews, RedisPreviews
 from cowhand.session.sessions import RedisSessionLog
+from cowhand.session.slots import ModelSlots, RedisModelSlots
 from cowhand.session.worker import RedisWorkerLog
 from cowhand.telemetry.metrics import STORE_BARRIER_SECONDS
 
@@ -158,6 +159,10 @@ class Store:
     def rate_gate(self, namespace: str | None = None) -> RateGate:
         """`RateGate` of a tenant."""
         return RedisRateGate(self, self.keys(namespace))
+
+    def model_slots(self) -> ModelSlots:
+        """Slots of model workspaces, shared by all tenants; for the broker's login."""
+        return RedisModelSlots(self)
 
     def previews(self, namespace: str | None = None) -> Previews:
         """`Previews` of a tenant."""

@@ -31,6 +31,7 @@ PARTS: Final[dict[str, tuple[str, ...]]] = {
     "gate_enter": (),
     "gate_shut": (),
     "gate_open": (),
+    "slots": (),
     "due": ("timers", "ready"),
     "giveback": ("meta", "ready"),
     "trim": ("ready",),

@@ -53,6 +53,10 @@ def view(reason: str | None = None, **more: Any) -> LogView:
     return LogView(**{**base, **more}, document=document)
 
 
+def context(warning: str = "") -> dict[str, Any]:
+    return {"context": {"profile": "reset", "warning": warning}}
+
+
 def table() -> dict[str, SessionSnapshot]:
     suspended = session(operatingMode="Suspended")
     two = session(messages=[{"id": "a", "content": "x"}, {"id": "b", "content": "y"}])
@@ -90,6 +94,8 @@ def table() -> dict[str, SessionSnapshot]:
         "ended in mid-turn": snapshot(view(state="closed")),
         "rolled back": snapshot(view("end_turn"), session(status={"sessionID": SID, "lastSeq": 9})),
         "ended after a failure": snapshot(view("refusal", state="closed")),
+        "profile": snapshot(view(document=context())),
+        "other profile": snapshot(view(document=context("not made for the model 'm'"))),
         "dev": snapshot(view(), store=StoreProfile("dev", "dev")),
         "standard": snapshot(view(), store=StoreProfile("standard", "standard")),
         "strict": snapshot(view(), store=StoreProfile("strict", "strict")),
@@ -135,6 +141,11 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "ended in mid-turn": {"TurnComplete": ("True", "Error"), "Succeeded": ("False", "Terminated")},
     "rolled back": {"Ready": ("False", "LogRolledBack"), "Stalled": ("True", "LogRolledBack")},
     "ended after a failure": {"Succeeded": ("False", "Refused")},
+    "profile": {"ContextProfileFits": ("True", "MadeForModel")},
+    "other profile": {
+        "ContextProfileFits": ("False", "NotMadeForModel"),
+        "Ready": ("True", "Accepted"),
+    },
     "dev": {"StoreDurable": ("True", "Dev")},
     "standard": {"StoreDurable": ("True", "Standard")},
     "strict": {"StoreDurable": ("True", "Strict")},
@@ -197,6 +208,21 @@ def test_same_snapshot_same_plan_and_a_written_status_is_quiet() -> None:
 def test_nothing_is_created_for_what_cannot_run() -> None:
     for name, snap in table().items():
         assert reconcile_session(snap, NOW).create is (name == "new")
+
+
+def test_a_profile_that_was_not_made_for_the_model_is_said_and_decides_nothing() -> None:
+    warned, plain = (reconcile_session(table()[name], NOW) for name in ("other profile", "created"))
+    assert warned.status is not None
+    kind = "ContextProfileFits"
+    text = next(c.message for c in warned.status.conditions if c.type == kind)
+    assert text == "not made for the model 'm'", "the harness's own words"
+    assert replace(warned, status=None) == replace(plain, status=None)
+    assert kind not in found(plain), "no profile was chosen yet"
+    shown = session().model_copy(update={"status": warned.status})
+    away = reconcile_session(snapshot(Unreachable("no answer"), shown), NOW)
+    assert found(away)[kind] == ("False", "NotMadeForModel"), "stays while nobody can look"
+    fits = reconcile_session(snapshot(view(document=context()), shown, written=NOW), NOW)
+    assert found(fits)[kind] == ("True", "MadeForModel")
 
 
 def test_what_the_store_keeps_is_said_once_and_decides_nothing() -> None:

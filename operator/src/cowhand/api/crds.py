@@ -74,6 +74,7 @@ RESOURCES: tuple[Resource, ...] = (
             Column("Turns", ".status.turns", "integer"),
             Column("Reason", _condition("Ready", "reason"), priority=1),
             Column("Mode", ".spec.operatingMode", priority=1),
+            Column("Profile fits", _condition("ContextProfileFits", "status"), priority=1),
             Column("Session", ".status.sessionID", priority=1),
             AGE,
         ),

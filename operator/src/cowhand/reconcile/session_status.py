@@ -20,6 +20,7 @@ from cowhand.api.v1alpha1 import (
     Usage,
 )
 from cowhand.api.v1alpha1.reasons import (
+    ContextProfileFits,
     SessionCondition,
     SessionReady,
     SessionReconciling,
@@ -82,6 +83,9 @@ def session_status(snap: SessionSnapshot, now: datetime) -> AgentSessionStatus:
     if snap.served:
         down = isinstance(snap.log, Unreachable) and not snap.log.full
         observed.append(store_durable(snap.store, ready(snap).message if down else ""))
+    fits = _context_profile_fits(snap)
+    if fits is not None:
+        observed.append(fits)
     merged = conditions.merge(
         old.conditions, observed, generation=snap.session.metadata.generation, now=now
     )
@@ -353,6 +357,22 @@ def _waits_for(pending: Sequence[Mapping[str, Any]]) -> str:
         listed = ", ".join(custom)
         parts.append(f"Waits for its client's result of: {listed}. Use `cowhand answer`.")
     return " ".join(parts) or "Waits for an answer."
+
+
+def _context_profile_fits(snap: SessionSnapshot) -> Observed | None:
+    """ContextProfileFits: what the harness said of its profile; None before it has chosen one."""
+    kind, log = SessionCondition.CONTEXT_PROFILE_FITS, snap.log
+    if not isinstance(log, LogView):
+        old = conditions.find(snap.session.status.conditions, kind)
+        return None if old is None else Observed(old.type, old.status, old.reason, old.message)
+    context = log.document.get("context")
+    if not context:
+        return None
+    warning = str(context.get("warning") or "")
+    if warning:
+        return Observed(kind, "False", ContextProfileFits.NOT_MADE_FOR_MODEL, warning)
+    text = f"Context profile {context.get('profile')!r} was made for the session's model."
+    return Observed(kind, "True", ContextProfileFits.MADE_FOR_MODEL, text)
 
 
 def _succeeded(snap: SessionSnapshot) -> Observed:

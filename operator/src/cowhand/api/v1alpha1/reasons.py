@@ -31,6 +31,7 @@ class SessionCondition(StrEnum):
     TURN_COMPLETE = "TurnComplete"
     SUCCEEDED = "Succeeded"
     STORE_DURABLE = "StoreDurable"
+    CONTEXT_PROFILE_FITS = "ContextProfileFits"
 
 
 class SandboxCondition(StrEnum):
@@ -192,6 +193,23 @@ class StoreDurable(Reason):
     NOT_OBSERVED = "NotObserved", "Unknown: the operator could not look at the store yet."
 
 
+class ContextProfileFits(Reason):
+    """Reasons of AgentSession ContextProfileFits: its context profile was made for its model.
+
+    Present from the moment when a harness has chosen the profile, before the first request.
+    """
+
+    MADE_FOR_MODEL = (
+        "MadeForModel",
+        "True: the profile names the model among those it was made for.",
+    )
+    NOT_MADE_FOR_MODEL = (
+        "NotMadeForModel",
+        "False: the profile was not made for the model and may cost more or lose more than another one; the "
+        "session runs all the same. See docs/context-profiles.md.",
+    )
+
+
 class SandboxReady(Reason):
     """Reasons of Sandbox Ready: a session can execute in it."""
 
@@ -290,6 +308,7 @@ REASONS: dict[str, dict[str, type[Reason]]] = {
         SessionCondition.TURN_COMPLETE: TurnComplete,
         SessionCondition.SUCCEEDED: Succeeded,
         SessionCondition.STORE_DURABLE: StoreDurable,
+        SessionCondition.CONTEXT_PROFILE_FITS: ContextProfileFits,
     },
     "Sandbox": {
         SandboxCondition.READY: SandboxReady,

@@ -267,7 +267,7 @@ class AgentSessionStatus(StatusModel):
     conditions: Annotated[
         tuple[Condition, ...], Field(max_length=16, json_schema_extra=list_map("type"))
     ] = ()
-    """conditions are Ready, Reconciling, Stalled, TurnComplete, Succeeded and StoreDurable."""
+    """conditions are Ready, Reconciling, Stalled, TurnComplete, Succeeded, StoreDurable and ContextProfileFits."""
     observed_generation: Annotated[Int64, Field(ge=-1)] = -1
     """observedGeneration is the generation that the operator has acted upon, -1 before the first."""
     session_id: Annotated[str, Field(max_length=64)] = ""

@@ -110,7 +110,7 @@ class Cluster:
             subprocess.run(["docker", "exec", node, *command], check=False, capture_output=True)
 
     def kill_pod(self, pod: Json) -> None:
-        """SIGKILL every process of a pod and remove the pod at once."""
+        """SIGKILL every process of a pod, remove the pod, and see to it that the kubelet starts none of it again."""
         self.signal(pod, "SIGKILL")
         meta = pod["metadata"]
         self.kubectl(
@@ -124,6 +124,19 @@ class Cluster:
             "--wait=false",
             "--ignore-not-found",
         )
+        node, uid = pod["spec"]["nodeName"], meta["uid"]
+        eventually(f"no process of pod {meta['name']}", lambda: not self._kill_tasks(node, uid))
+
+    def _kill_tasks(self, node: str, uid: str) -> bool:
+        """SIGKILL what runs of a pod, its sandbox too; whether there was something."""
+        ctr = ["docker", "exec", node, "ctr", "-n", "k8s.io"]
+        own = _output(*ctr, "containers", "ls", "-q", f'labels."io.kubernetes.pod.uid"=={uid}')
+        rows = [line.split() for line in _output(*ctr, "tasks", "ls").splitlines()]
+        running = {row[0] for row in rows if row[-1] == "RUNNING"} & set(own.split())
+        for task in running:
+            kill = [*ctr, "tasks", "kill", "-s", "SIGKILL", task]
+            subprocess.run(kill, check=False, capture_output=True)
+        return bool(running)
 
 
 class Forward:

@@ -256,7 +256,7 @@ class Rig:
             self.front.turn(self.replica.port)
             await asyncio.to_thread(self.primary.start)
             await asyncio.to_thread(self.primary.follow, self.replica)
-            await self._settled()
+            await self._settled(min(appends, 3))
             self._stop = True
             await asyncio.gather(*self._tasks)
             missing = await self._missing(store, known)
@@ -274,10 +274,10 @@ class Rig:
     def _acked(self) -> int:
         return sum(len(one.acked) for one in self.writers)
 
-    async def _settled(self) -> None:
+    async def _settled(self, more: int) -> None:
         """Until every writer was acknowledged something by the new primary."""
         for _ in range(3):
-            if await self.until(3):
+            if await self.until(more):
                 return
         raise AssertionError("no acknowledgements after the failover")
 

@@ -71,7 +71,7 @@ class Store:
     """One server process; `start` and `kill` may alternate, the data folder stays.
 
     `acl` is the text of a users.acl; `tls` is (certificate, key, ca) as PEM paths, and makes the port TLS only.
-    `fsync` is appendfsync: with `everysec` a kill may lose what a slow disk kept the server from writing.
+    `fsync` is appendfsync: with `everysec` a kill loses what the server put off writing while an fsync ran.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Store:
         *,
         acl: str | None = None,
         tls: tuple[str, str, str] | None = None,
-        fsync: str = "everysec",
+        fsync: str = "always",
         aof: bool = True,
     ) -> None:
         self.binary = binary or find()
@@ -119,6 +119,8 @@ class Store:
                 "",
             ),
             *("--maxmemory-policy", "noeviction", "--loglevel", "warning"),
+            # A replica that asks for a copy gets it at once.
+            *("--repl-diskless-sync-delay", "0"),
         ]
 
     def start(self) -> Store:

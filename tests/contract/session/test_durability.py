@@ -61,8 +61,9 @@ def config(server: Server, profile: Profile, **more: object) -> StoreConfig:
 # What is there
 
 
-async def test_what_the_store_keeps_is_seen(start, pair):
-    primary, _ = pair
+async def test_what_the_store_keeps_is_seen(start):
+    primary, replica = start(fsync="everysec"), start(fsync="everysec")
+    await asyncio.to_thread(replica.follow, primary)
     for profile in ("dev", "standard", "strict", "managed"):
         async with connect(config(primary, profile)) as store:
             await store.require_durability()

@@ -13,10 +13,12 @@ SERVERS = sorted(installed()) or [""]
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("profile", ["standard", "strict"])
 async def test_a_failover_loses_nothing_that_a_barrier_has_confirmed(profile, server):
+    # A replica says only once a second what is on its disk.
+    appends = 2 if profile == "strict" else 5
     async with failover.rig(profile, installed().get(server), writers=4) as rig:
-        found = await rig.fail_over(cut=True, appends=5)
+        found = await rig.fail_over(cut=True, appends=appends)
     assert found.missing == 0
-    assert found.acked > 4 * 5
+    assert found.acked > 4 * appends
     assert found.rejoined
 
 

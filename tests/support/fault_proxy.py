@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +19,9 @@ Moment = Literal["request", "sent", "reply", "torn", "stream"]
 answer comes (the other side has acted), `torn` after half of the answer's first piece, `stream` before the piece of
 the answer that holds the pattern."""
 
-How = Literal["cut", "reset", "stall", "delay"]
+How = Literal["cut", "reset", "stall", "delay", "hold"]
 """`cut` closes the connection, `reset` sends RST, `stall` swallows everything for `stall_s` and then resets (a half
-open connection), `delay` holds what comes for `stall_s` and lets it pass."""
+open connection), `delay` holds what comes for `stall_s` and lets it pass, `hold` does so until `release` is called."""
 
 KEEP = 200
 """Bytes of the last piece in which the beginning of a pattern may stand."""
@@ -35,6 +36,7 @@ class Fault:
         moment, how: see above.
         nth: at the n-th time that the pattern passes.
         stall_s: for `stall` and `delay`, seconds.
+        strike: called when it happens, before anything else: to kill or stop a process at this very point.
     """
 
     pattern: bytes
@@ -42,6 +44,7 @@ class Fault:
     how: How
     nth: int = 1
     stall_s: float = 1.0
+    strike: Callable[[], None] = lambda: None
 
 
 class FaultProxy:
@@ -49,6 +52,8 @@ class FaultProxy:
 
     Attributes:
         fired: set when the fault has happened.
+        replies: how many pieces of answers came.
+        fenced: how many answers of the store said that a lease is gone.
     """
 
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
@@ -57,7 +62,10 @@ class FaultProxy:
         self._seen = 0
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], _Connection] = {}
         self.fired = asyncio.Event()
+        self.passes = asyncio.Event()
+        self.replies = self.fenced = 0
         self.port = 0
 
     async def start(self) -> FaultProxy:
@@ -68,7 +76,17 @@ class FaultProxy:
     def arm(self, fault: Fault) -> None:
         """Wait for this fault; replaces one that has not happened."""
         self._fault, self._seen = fault, 0
-        self.fired = asyncio.Event()
+        self.fired, self.passes = asyncio.Event(), asyncio.Event()
+
+    def release(self) -> None:
+        """Let pass what a `hold` keeps."""
+        self.passes.set()
+
+    def cut_others(self) -> None:
+        """Close every connection but the one on which a `hold` keeps something back."""
+        for task, connection in self._connections.items():
+            if not connection.holds:
+                task.cancel()
 
     async def close(self) -> None:
         if self._server is not None:
@@ -89,10 +107,13 @@ class FaultProxy:
         finally:
             self._tasks.discard(task)
         self._tasks.add(task)
-        try:
-            await _Connection(self, (reader, writer), (out_reader, out_writer)).run()
-        finally:
-            self._tasks.discard(task)
+        connection = _Connection(self, (reader, writer), (out_reader, out_writer))
+        self._connections[task] = connection
+        # asyncio.start_server logs a task of its own that was cancelled; we alone do that.
+        with contextlib.suppress(asyncio.CancelledError):
+            await connection.run()
+        self._tasks.discard(task)
+        del self._connections[task]
 
     def due(self, data: bytes, *, reply: bool) -> Fault | None:
         """The fault, if this piece brings it: it has then happened."""
@@ -118,6 +139,7 @@ class _Connection:
         self._proxy = proxy
         self._client, self._server = client, server
         self._reply: Fault | None = None
+        self.holds = False
 
     async def run(self) -> None:
         there = asyncio.create_task(self._there())
@@ -147,6 +169,8 @@ class _Connection:
     async def _back(self) -> None:
         tail = b""
         while data := await self._server[0].read(65536):
+            self._proxy.replies += 1
+            self._proxy.fenced += data.count(b"$6\r\nFENCED")
             fault, self._reply = self._reply, None
             if fault is None:
                 fault = self._proxy.due(tail + data, reply=True)
@@ -159,8 +183,14 @@ class _Connection:
             await _send(self._client[1], data)
 
     async def _break(self, fault: Fault) -> None:
-        """Do it; returns only for `delay`."""
+        """Do it; returns only for `delay` and `hold`."""
+        fault.strike()
+        passes = self._proxy.passes
         self._proxy.fired.set()
+        if fault.how == "hold":
+            self.holds = True
+            await passes.wait()
+            return
         if fault.how == "delay":
             await asyncio.sleep(fault.stall_s)
             return

@@ -22,6 +22,7 @@ from typing import Any
 import aiohttp
 
 from cowhand import session
+from cowhand.errors import StoreUnavailable
 from cowhand.hands.sandbox import SandboxSettings
 from cowhand.hands.transport import PinnedTransport, ProxyCredentials
 from cowhand.harness.model import AnthropicModel
@@ -103,13 +104,18 @@ async def until(what: str, check: Callable[[], Any], seconds: float = 90.0) -> A
 
 @dataclass
 class SandboxPod:
-    """A sandboxd process and its proxy."""
+    """A sandboxd process and its proxy.
+
+    Attributes:
+        start: starts sandboxd on the same port with the same files, as a kubelet does with a container that ended.
+    """
 
     process: asyncio.subprocess.Process
     server: Server
     proxy: sandbox_proxy.SandboxProxy
     record: HandRecord
     workdir: Path
+    start: Callable[[], Awaitable[asyncio.subprocess.Process]]
 
     async def kill(self) -> None:
         if self.process.returncode is None:
@@ -187,9 +193,16 @@ class Stack:
     # The operator's and the broker's part.
 
     async def operate(self, session_id: str) -> None:
-        async for event in self.store.session_log().follow(session_id):
-            if event.type == ev.HAND_REQUESTED:
-                await self.provision(session_id, event.data["hand"], event.data["instance"])
+        position = 1
+        while True:
+            # A store that is away for a while ends the iteration.
+            with contextlib.suppress(StoreUnavailable):
+                async for event in self.store.session_log().follow(session_id, position):
+                    if event.type == ev.HAND_REQUESTED:
+                        await self.provision(session_id, event.data["hand"], event.data["instance"])
+                    position = event.seq + 1
+                return
+            await asyncio.sleep(0.1)
 
     async def provision(self, session_id: str, hand: str, instance: int) -> SandboxPod:
         uid = f"{session_id[5:17]}-{hand}-{instance}"
@@ -197,14 +210,18 @@ class Stack:
         workdir, state = self.folder / uid / "work", self.folder / uid / "state"
         workdir.mkdir(parents=True)
         state.mkdir()
-        process = await start_process(
-            "sandboxd",
-            env={
-                "PYTHONPATH": str(ROOT / "sandbox-image" / "src"), "SANDBOXD_PORT": str(port),
-                "SANDBOXD_WORKDIR": str(workdir), "SANDBOXD_STATE": str(state),
-            },
-            log=self.folder / f"{uid}.log",
-        )  # fmt: skip
+
+        def sandboxd(port: int = port) -> Awaitable[asyncio.subprocess.Process]:
+            return start_process(
+                "sandboxd",
+                env={
+                    "PYTHONPATH": str(ROOT / "sandbox-image" / "src"), "SANDBOXD_PORT": str(port),
+                    "SANDBOXD_WORKDIR": str(workdir), "SANDBOXD_STATE": str(state),
+                },
+                log=self.folder / f"{uid}.log",
+            )  # fmt: skip
+
+        process = await sandboxd()
         tls, cert = self_signed()
         if self.way_to_sandboxd is not None:
             port = await self.way_to_sandboxd(port)
@@ -219,10 +236,13 @@ class Stack:
         )  # fmt: skip
         signature = sign_record(record, self.key, namespace=NAMESPACE)
         record = HandRecord(**{**record.__dict__, "signature": signature})
-        pod = SandboxPod(process, server, proxy, record, workdir)
+        pod = SandboxPod(process, server, proxy, record, workdir, sandboxd)
         self.pods[session_id, hand, instance] = pod
-        await self.store.control_log().put_hand(NAMESPACE, record)
-        return pod
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                await self.store.control_log().put_hand(NAMESPACE, record)
+                return pod
+            await asyncio.sleep(0.1)
 
     async def lose(self, session_id: str, instance: int = 1) -> None:
         """The sandbox pod is gone, and the operator says so."""
@@ -235,11 +255,11 @@ class Stack:
 
     # Workers.
 
-    async def worker(self, **settings: str) -> str:
-        """Start `cowhand harness`; answers its pod uid once it is ready."""
+    async def worker(self, *, prelude: str = "", **settings: str) -> str:
+        """Start `cowhand harness`; answers its pod uid once it is ready. `prelude`: Python that it runs first."""
         pod_uid = f"pod-{uuid.uuid4().hex[:8]}"
         code = (
-            "import asyncio, os, sys\n"
+            f"import asyncio, os, sys\n{prelude}\n"
             "from cowhand import settings\nfrom cowhand.harness.run import run\n"
             "from cowhand.telemetry import logging\n"
             "logging.setup('harness')\n"
@@ -338,6 +358,7 @@ async def stack(
     *,
     partitions: int = 2,
     way_to_model: Callable[[int], Awaitable[int]] | None = None,
+    way_to_proxy: Callable[[StubBroker], Awaitable[str]] | None = None,
 ) -> AsyncIterator[Stack]:
     """Everything but workers, which a test (or a benchmark) starts itself.
 
@@ -346,6 +367,7 @@ async def stack(
         folder: for logs and for the files of sandboxes.
         partitions: of the store.
         way_to_model: gets the port of the model server, answers the one by which the harness's proxy reaches it.
+        way_to_proxy: starts another proxy of the harness than one in this process, and answers its URL.
     """
     key, port = SigningKey.generate(), free_port()
     model = await start_process(
@@ -363,14 +385,16 @@ async def stack(
     proxy = harness_proxy.HarnessProxy(broker)  # type: ignore[arg-type]
     server = Server(proxy.app, harness_proxy.render)
     await server.start("127.0.0.1", 0)
+    proxy_url = f"http://127.0.0.1:{server.port}"
+    if way_to_proxy is not None:
+        proxy_url = await way_to_proxy(broker)
     config = StoreConfig(url=store_url, partitions=partitions)
     async with (
         aiohttp.ClientSession() as http,
         session.connect(config, namespace=NAMESPACE) as store,
     ):
         made = Stack(
-            store, store_url, folder, key, model_url, f"http://127.0.0.1:{server.port}", http, model,
-            broker,
+            store, store_url, folder, key, model_url, proxy_url, http, model, broker,
         )  # fmt: skip
 
         async def answers() -> bool:

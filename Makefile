@@ -48,9 +48,9 @@ unit: setup ## Tests without a cluster: unit, contract, integration, adversarial
 	@hack/test-packages.sh go
 
 .PHONY: soak
-soak: setup ## Thousands of simulated histories with faults (COWHAND_SEEDS=5000), every broken connection, every control
+soak: setup ## 2000 simulated histories with faults (COWHAND_SEEDS), every broken connection, every killed process, every control
 	@hack/store.sh ensure >/dev/null
-	COWHAND_SEEDS=$${COWHAND_SEEDS:-5000} COWHAND_CHAOS=all $(PYTEST) -s tests/simulation tests/chaos
+	COWHAND_SEEDS=$${COWHAND_SEEDS:-2000} COWHAND_SOAK_S=$${COWHAND_SOAK_S:-1800} COWHAND_CHAOS=all $(PYTEST) -n 2 --dist loadfile tests/simulation tests/chaos
 
 .PHONY: e2e
 e2e: setup ## Tests on the cluster (needs cluster, images, install)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -27,3 +29,17 @@ def store_url(store_server: Store) -> str:
     """URL of the server, emptied before each test."""
     store_server.flush()
     return store_server.url
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What `make soak` has done, from the `record_property` of its tests, whichever process ran them."""
+    counted: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "call":
+                for name, value in report.user_properties:
+                    counted[name] += value if isinstance(value, int) else 0
+    if counted:
+        terminalreporter.section("soak")
+        for name, number in counted.items():
+            terminalreporter.write_line(f"{number:>8}  {name}")

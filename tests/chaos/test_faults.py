@@ -74,7 +74,7 @@ def part(case: Case) -> str:
 
 @pytest.mark.parametrize("which", dict.fromkeys(map(part, cases())) if ALL else ["sample"])
 async def test_a_turn_survives_a_broken_connection_at_every_phase(
-    which: str, store_url: str, tmp_path: Path
+    which: str, store_url: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     wanted = [case for case in cases() if (part(case) == which if ALL else str(case) in SAMPLE)]
     assert wanted
@@ -84,7 +84,8 @@ async def test_a_turn_survives_a_broken_connection_at_every_phase(
         await made.here.worker(COWHAND_STORE_URL=made.store_url)
         for case in wanted:
             found += await made.check(case)
-    print(f"{len(wanted)} faults")
+    record_property("connections of real processes broken", len(wanted))
+    record_property("of these not survived", len({line.split(": ")[0] for line in found}))
     assert not found, "\n" + "\n".join(found)
 
 

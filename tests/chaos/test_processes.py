@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -282,7 +282,7 @@ def part(case: Strike) -> str:
 
 @pytest.mark.parametrize("which", dict.fromkeys(map(part, strikes())) if ALL else ["sample"])
 async def test_a_turn_survives_the_end_or_the_sleep_of_a_process_at_every_phase(
-    which: str, tmp_path: Path
+    which: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     wanted = [one for one in strikes() if (part(one) == which if ALL else str(one) in SAMPLE)]
     assert wanted
@@ -292,7 +292,9 @@ async def test_a_turn_survives_the_end_or_the_sleep_of_a_process_at_every_phase(
         for case in wanted:
             found += await made.check(case)
         refused = made.refused
-    print(f"{len(wanted)} strikes, {refused} late writes refused")
+    record_property("real processes killed or frozen", len(wanted))
+    record_property("strikes not survived", len({line.split(": ")[0] for line in found}))
+    record_property("writes of woken harnesses refused", refused)
     assert not found, "\n" + "\n".join(found)
     assert refused or "late" not in "".join(map(str, wanted)), "no late write met the fence"
 

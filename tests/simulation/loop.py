@@ -84,6 +84,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._limit_s = limit_s
         self._limit_steps = limit_steps
         self.steps = 0
+        self.stops = 0
         self.errors: list[str] = []
         self.processes: list[Process] = []
         self.world = self.process("world")
@@ -177,6 +178,7 @@ class SimLoop(asyncio.BaseEventLoop):
             return
         if process.steps == process.stop_at:
             process.stopped_until = now + process.stop_s
+            self.stops += 1
             return
         handle = process.ready.popleft()
         if not handle._cancelled:  # type: ignore[attr-defined]

@@ -45,6 +45,7 @@ class StoreServer:
     Attributes:
         reachable: connections are accepted; while not, those that exist are gone.
         passing: error text that every command gets ("LOADING ..."), empty for none.
+        struck: how many connections broke or went silent.
     """
 
     def __init__(self, loop: SimLoop, store: LuaStore, rng: random.Random) -> None:
@@ -54,7 +55,9 @@ class StoreServer:
         self.faults = Faults()
         self.reachable = True
         self.passing = ""
-        self.connections: set[StoreConnection] = set()
+        self.struck = 0
+        # In the order in which they were opened: a set would have another one in each run.
+        self.connections: dict[StoreConnection, None] = {}
         self._waiting: list[tuple[StoreConnection, Sequence[Any], Any]] = []
         self.before_command: Any = lambda _words: None
         self.after_command: Any = lambda: None
@@ -68,6 +71,7 @@ class StoreServer:
 
     def drop_all(self) -> None:
         """Every connection breaks, as when the server restarts."""
+        self.struck += len(self.connections)
         for connection in list(self.connections):
             connection.broken()
 
@@ -197,7 +201,7 @@ class StoreConnection:
         if not self._server.reachable:
             raise redis_errors.ConnectionError("connection refused")
         self.closed = False
-        self._server.connections.add(self)
+        self._server.connections[self] = None
         self._process.on_end.append(self.broken)
 
     def pack_commands(self, commands: Sequence[Sequence[Any]]) -> list[bytes]:
@@ -209,6 +213,7 @@ class StoreConnection:
         commands = unpacked(packed)
         faults, rng = self._server.faults, self._server.rng
         chance = rng.random()
+        self._server.struck += chance < faults.before + faults.after + faults.silence
         if chance < faults.before:
             self._loop.at(self._server.latency(), self.broken)
             return
@@ -249,7 +254,7 @@ class StoreConnection:
     def broken(self) -> None:
         """The connection is gone."""
         self.closed = True
-        self._server.connections.discard(self)
+        self._server.connections.pop(self, None)
         self._tell()
 
     async def read_response(self, timeout: Any = None, disconnect_on_error: bool = True) -> Any:

@@ -8,8 +8,10 @@ the store has acted; a store that restarts, loads, refuses; lost nudges; hints o
 from __future__ import annotations
 
 import gc
+import math
 import os
 import random
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,9 @@ from simulation.world import REAL, Defences, World
 
 SEEDS = int(os.environ.get("COWHAND_SEEDS", "60"))
 """How many seeds the tests run."""
+
+SOAK_S = float(os.environ.get("COWHAND_SOAK_S", "inf"))
+"""Seconds after which no new seed is begun; the summary says how many were run."""
 
 FAULTY = 4
 """Faulty runs for each scenario: the run without faults is made once for them."""
@@ -148,6 +153,8 @@ class Runner:
         self._quiet: tuple[int, Quiet] | None = None
         self.kills = 0
         self.steps = 0
+        self.stops = 0
+        self.faults = 0
 
     def world(self, seed: int) -> tuple[World, Quiet]:
         """The finished run of a seed."""
@@ -169,6 +176,8 @@ class Runner:
                 return [f"without any fault: {problem}" for problem in quiet.problems]
             self.kills += world.kills
             self.steps += world.loop.steps
+            self.stops += world.loop.stops
+            self.faults += world.server.struck
             problems = oracle.invariants(world)
             if not problems and not world.scenario.chaotic:
                 problems = oracle.same_story(quiet.story, world)
@@ -179,22 +188,44 @@ class Runner:
 
 @dataclass
 class Report:
-    """Failures by seed, and how much was run."""
+    """Failures by seed, and how much was run.
+
+    Attributes:
+        kills, stops: workers that were killed, that stood still for a while.
+        faults: connections to the store that broke or went silent.
+    """
 
     failures: dict[int, list[str]]
     runs: int = 0
     kills: int = 0
     steps: int = 0
+    stops: int = 0
+    faults: int = 0
+
+    def __add__(self, other: Report) -> Report:
+        return Report(
+            self.failures | other.failures,
+            self.runs + other.runs,
+            self.kills + other.kills,
+            self.steps + other.steps,
+            self.stops + other.stops,
+            self.faults + other.faults,
+        )
 
 
-def check_all(seeds: Iterable[int], *, stop_after: int = 5, **changed: Any) -> Report:
-    """Run seeds until so many have failed."""
+def check_all(
+    seeds: Iterable[int], *, stop_after: int = 5, seconds: float = math.inf, **changed: Any
+) -> Report:
+    """Run seeds until so many have failed, or for so long."""
+    deadline = time.monotonic() + seconds
     runner, report = Runner(**changed), Report({})
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
         for seed in seeds:
+            if time.monotonic() > deadline:
+                break
             problems = runner.check(seed)
             report.runs += 1
             if report.runs % 50 == 0:
@@ -207,6 +238,7 @@ def check_all(seeds: Iterable[int], *, stop_after: int = 5, **changed: Any) -> R
         gc.enable()
         gc.unfreeze()
     report.kills, report.steps = runner.kills, runner.steps
+    report.stops, report.faults = runner.stops, runner.faults
     return report
 
 

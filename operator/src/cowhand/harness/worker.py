@@ -266,7 +266,7 @@ class Worker:
     async def _work(self, lease: Lease) -> bool:
         """True if the lease was given back, or is not ours any more."""
         session_id = lease.session_id
-        journal = Journal(self._log, self._reader, lease)
+        journal = Journal(self._log, self._reader, lease, clock=self._clock)
         loop = SessionLoop(
             self._settings.namespace, self._log, journal, self._around, self._settings.loop
         )

@@ -80,6 +80,18 @@ class Cluster:
             )
         return done.stdout if check else done.stdout + done.stderr
 
+    def helm(self, *args: str) -> str:
+        """Output of a helm command; raises CalledProcessError."""
+        tool = _output(str(ROOT / "hack/tools.sh"), "path", "helm")
+        done = subprocess.run(
+            [tool, *args], capture_output=True, text=True, env=self.env(), check=False
+        )
+        if done.returncode:
+            raise subprocess.CalledProcessError(
+                done.returncode, ["helm", *args], done.stdout, done.stderr
+            )
+        return done.stdout
+
     def get(self, kind: str, name: str, namespace: str) -> Json | None:
         out = self.kubectl("-n", namespace, "get", kind, name, "-o", "json", "--ignore-not-found")
         return json.loads(out) if out.strip() else None

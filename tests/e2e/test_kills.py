@@ -6,13 +6,14 @@ of the model server or a file in the sandbox holds the turn at exactly that plac
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from e2e.checks import COUNT, check_log, check_requests, final_text
-from lab import SYSTEM, Follower, Rig, Session, bash, eventually, say
+from lab import SYSTEM, Follower, Json, Rig, Session, bash, eventually, say
 
 pytestmark = pytest.mark.e2e
 
@@ -85,7 +86,7 @@ def _sandbox_on_its_way(rig: Rig) -> tuple[Session, Callable[[Follower], None], 
 def _tool_running(rig: Rig) -> tuple[Session, Callable[[Follower], None], Callable[[], None]]:
     marker = rig.model.script(
         {"content": [bash("true")]},
-        {"content": [bash(WAIT_FOR_FILE + COUNT)]},
+        {"content": [bash(WAIT_FOR_FILE + COUNT, timeout_ms=600_000)]},
         {"content": [say("at {{result:-1}}")]},
     )
     session = rig.session(f"{marker}", namespace=TENANT)
@@ -153,7 +154,7 @@ def test_sandbox_killed_between_calls(rig: Rig) -> None:
 def test_sandbox_killed_during_a_call_is_an_error_that_claude_sees(rig: Rig) -> None:
     marker = rig.model.script(
         {"content": [bash("true")]},
-        {"content": [bash(WAIT_FOR_FILE)]},
+        {"content": [bash(WAIT_FOR_FILE, timeout_ms=600_000)]},
         {"content": [bash("echo alive again")]},
         {"content": [say("{{result:-1}}")]},
     )
@@ -186,7 +187,41 @@ def test_sandbox_killed_before_it_is_ready(rig: Rig) -> None:
     assert "two" in final_text(log)
 
 
-@pytest.mark.disruptive
+@contextlib.contextmanager
+def _stopped(rig: Rig, pod: Json) -> Iterator[None]:
+    """SIGSTOP for the main process of each container of a pod, and SIGCONT at the end."""
+    rig.cluster.signal(pod, "SIGSTOP")
+    try:
+        yield
+    finally:
+        rig.cluster.signal(pod, "SIGCONT")
+
+
+@pytest.mark.xdist_group(TENANT)
+def test_a_harness_that_stands_still_is_replaced_and_its_late_writes_are_refused(rig: Rig) -> None:
+    session, reached, let_go = _results_in(rig)
+    with session.follow() as events:
+        reached(events)
+    holder = session.holder()
+    with _stopped(rig, holder):
+        taken = eventually(
+            "another worker holds the session",
+            lambda: [
+                e
+                for e in session.log()
+                if e["type"] == "session.wake" and holder["metadata"]["uid"] not in e["lease"]
+            ],
+        )
+    let_go()
+    _finished(rig, session, holder["metadata"]["uid"], "at 1")
+    late = [
+        e
+        for e in session.log()
+        if e["seq"] > taken[0]["seq"] and holder["metadata"]["uid"] in e["lease"]
+    ]
+    assert not late, "the old holder wrote after it had lost the session"
+
+
 def test_operator_killed_in_mid_turn(rig: Rig) -> None:
     gate = _gate("operator")
     marker = rig.model.script(

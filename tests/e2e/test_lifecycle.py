@@ -1,6 +1,7 @@
-"""`helm upgrade` to other images while sessions are in mid-turn: every pod of ours is replaced, no turn notices.
+"""A release through its life: upgraded while sessions are in mid-turn, uninstalled, and installed again.
 
-The other images are the same ones under another tag: a rolling upgrade of all that runs, the store included.
+The images of the upgrade are the same ones under another tag: a rolling upgrade of all that runs, the store
+included. The tests stand in this order because the last one leaves what `hack/install.sh` installs.
 """
 
 from __future__ import annotations
@@ -21,21 +22,6 @@ OURS = "app.kubernetes.io/name=cowhand,app.kubernetes.io/component notin (sandbo
 NAMESPACES = (SYSTEM, "default", "team-b")
 
 
-def _helm(rig: Rig, *args: str) -> str:
-    tools = subprocess.run(
-        [str(ROOT / "hack/tools.sh"), "path", "helm"], check=True, capture_output=True, text=True
-    )
-    done = subprocess.run(
-        [tools.stdout.strip(), *args],
-        capture_output=True,
-        text=True,
-        env=rig.cluster.env(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def _ours(rig: Rig) -> dict[str, Json]:
     """Our running pods by uid, without sandboxes and hooks."""
     return {
@@ -46,11 +32,11 @@ def _ours(rig: Rig) -> dict[str, Json]:
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def upgrade(rig: Rig) -> Iterator[Callable[[], None]]:
-    """Upgrades the release to the same images under a tag of this test; puts the old values back after it."""
+    """Upgrades the release to the same images under a tag of this module; puts the old values back at its end."""
     tag = f"upgrade-{uuid.uuid4().hex[:6]}"
-    values = json.loads(_helm(rig, "-n", SYSTEM, "get", "values", "cowhand", "-o", "json"))
+    values = json.loads(rig.cluster.helm("-n", SYSTEM, "get", "values", "cowhand", "-o", "json"))
     node = next(iter(_ours(rig).values()))["spec"]["nodeName"]
     runtime = ("docker", "exec", node, "ctr", "-n", "k8s.io", "images")
     images = {"image": values["image"], "store.image": values["store"]["image"]}
@@ -64,10 +50,11 @@ def upgrade(rig: Rig) -> Iterator[Callable[[], None]]:
         sets = [word for key, value in tags.items() for word in ("--set", f"{key}.tag={value}")]
         chart = str(ROOT / "charts/cowhand")
         where = ("--namespace", SYSTEM, "--reuse-values", "--wait", "--timeout", "5m")
-        _helm(rig, "upgrade", "cowhand", chart, *where, *sets)
+        rig.cluster.helm("upgrade", "cowhand", chart, *where, *sets)
 
     yield lambda: to(dict.fromkeys(images, tag))
-    to({key: image["tag"] for key, image in images.items()})
+    if tag in rig.cluster.helm("-n", SYSTEM, "get", "values", "cowhand", "-o", "json"):
+        to({key: image["tag"] for key, image in images.items()})
     eventually(
         "the pods of the upgrade are gone",
         lambda: not any(f":{tag}" in json.dumps(pod["spec"]) for pod in _ours(rig).values()),
@@ -87,7 +74,8 @@ def _streaming(rig: Rig, gate: str) -> Session:
 def _in_a_tool(rig: Rig) -> Session:
     wait = "while [ ! -e /workspace/go ]; do sleep 0.1; done; "
     marker = rig.model.script(
-        {"content": [bash(wait + COUNT)]}, {"content": [say("counted {{result:-1}}")]}
+        {"content": [bash(wait + COUNT, timeout_ms=600_000)]},
+        {"content": [say("counted {{result:-1}}")]},
     )
     return rig.session(marker)
 
@@ -133,3 +121,42 @@ def test_upgraded_in_mid_turn(rig: Rig, upgrade: Callable[[], None]) -> None:
     assert "second" in final_text(logs[streaming.name])
     assert "counted 1" in final_text(logs[tool.name]), "the effect did not run exactly once"
     assert final_text(logs[idle.name]) == "2", "the sandbox of the idle session kept its files"
+
+
+def _install(verb: str) -> None:
+    done = subprocess.run(
+        [str(ROOT / "hack/install.sh"), verb], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.timeout(900)
+def test_uninstalled_and_installed_again(rig: Rig) -> None:
+    session = rig.session("[[script:counter]] count")
+    before = session.wait_turn(1)
+    assert session.pods()
+    try:
+        _install("down")
+        for namespace in (SYSTEM, "default", "team-b"):
+            eventually(
+                f"no pod of ours runs in {namespace}",
+                lambda ns=namespace: (
+                    not rig.cluster.items("pods", ns, "app.kubernetes.io/name=cowhand")
+                ),
+            )
+            assert not rig.cluster.items("deployments,statefulsets", namespace)
+        assert session.resource()["spec"]["message"] == "[[script:counter]] count"
+        assert rig.cluster.get("pvc", "data-cowhand-store-0", SYSTEM) is not None
+    finally:
+        _install("up")
+    rig.cluster.kubectl(
+        *("-n", "default", "patch", "agentsession", session.name, "--type=merge"),
+        *("-p", '{"spec":{"operatingMode":"Running"}}'),
+    )
+    session.send("and once more")
+    assert "lost" in final_text(session.wait_turn(2)), "Claude is told that the old sandbox is gone"
+    session.send("and again")
+    log = session.wait_turn(3)
+    check_log(log)
+    assert [e["id"] for e in log[: len(before)]] == [e["id"] for e in before]
+    assert final_text(log) == "1", "a new sandbox starts empty"

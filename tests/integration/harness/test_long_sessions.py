@@ -89,6 +89,39 @@ async def test_the_api_clears_for_a_model_with_bound_thinking(here: Stack) -> No
     assert any(applied)
 
 
+@pytest.mark.parametrize(
+    ("profile", "model"),
+    [
+        ("compaction", "claude-opus-5-5"),
+        ("reset", "claude-sonnet-4-5"),
+        ("clearing", "claude-opus-4-1"),
+    ],
+)
+async def test_a_window_that_is_smaller_than_was_believed_is_made_room_in(
+    here: Stack, profile: str, model: str
+) -> None:
+    """The endpoint refuses what the profile held for small enough; the session goes on and knows how it began."""
+    await here.local_worker()
+    wrong = {"window_tokens": 4 * WINDOW, "trigger_tokens": 4 * WINDOW}
+    sid = await here.create(LONG, model=model, context={"profile": profile, **wrong})
+    events = await here.settled(sid)
+    assert events[-1].data["stop_reason"]["type"] == "end_turn"
+    assert said(events).startswith(FACTS)
+    outcomes = [
+        (event.data.get("error") or {}).get("message", "")
+        for event in events
+        if event.type == ev.MODEL_REQUEST_END
+    ]
+    short = [
+        event
+        for event in events
+        if event.type == ev.MODEL_RESPONSE
+        and event.data["message"]["stop_reason"] == "model_context_window_exceeded"
+    ]
+    assert short or any("prompt is too long" in text for text in outcomes)
+    await replayed(here, sid, events)
+
+
 async def test_control_without_a_profile_the_window_ends_the_session(here: Stack) -> None:
     await here.local_worker()
     _, events = await long_session(here, "plain", "claude-opus-5-5")

@@ -8,13 +8,13 @@ the clock is a parameter. Whoever shows or checks a request of the past uses `ou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
 from cowhand.harness.budget import known_input
-from cowhand.harness.fold import Conversation
-from cowhand.harness.profiles.base import Change, OldResult, Profile, Thresholds, View
+from cowhand.harness.fold import CONTEXT_EXCEEDED, Conversation
+from cowhand.harness.profiles.base import Change, Clear, OldResult, Profile, Thresholds, View
 from cowhand.harness.profiles.registry import AUTO, choose
 from cowhand.harness.request import Ttl, body, cache_ttl, prefix_sha
 from cowhand.harness.window import (
@@ -22,6 +22,8 @@ from cowhand.harness.window import (
     COMPACTION_BETA,
     Purpose,
     extra_fields,
+    newest_results,
+    split_newest,
 )
 from cowhand.session import events as ev
 from cowhand.session import rawjson
@@ -153,8 +155,26 @@ def select(conversation: Conversation, profiles: Mapping[str, Profile]) -> NewEv
     return NewEvent(ev.CONTEXT_SELECTED, data)
 
 
-def view(conversation: Conversation) -> View:
-    """What the profile may look at."""
+def rescue(conversation: Conversation, profile: Profile) -> Change | None:
+    """What the profile wants after something did not fit the window; None: the turn ends.
+
+    It ends by itself: each result is cleared once, and a second renewal needs an answer after the first.
+    """
+    window = conversation.window
+    seen = view(conversation, counted=not conversation.unresolved)
+    newest = tuple(
+        one for one in newest_results(conversation.messages) if one not in window.cleared
+    )
+    kept = conversation.messages
+    if window.overflow == "prompt":
+        kept, _, _ = split_newest(kept)
+    can_renew = bool(kept) and not window.fresh and not conversation.paused
+    change = profile.rescue(replace(seen, newest=newest, can_renew=can_renew), window.overflow)
+    return None if isinstance(change, Clear) and not change.tool_use_ids else change
+
+
+def view(conversation: Conversation, *, counted: bool = True) -> View:
+    """What the profile may look at; the next request is `counted` only where all its results are there."""
     window = conversation.window
     selected = window.selected or {}
     limits = Thresholds(**{key: selected[key] for key in Thresholds.__dataclass_fields__})
@@ -162,7 +182,7 @@ def view(conversation: Conversation) -> View:
     return View(
         model=str(conversation.base["model"]),
         thresholds=limits,
-        tokens=known_input(conversation),
+        tokens=known_input(conversation) if counted else 0,
         results=tuple(
             OldResult(use_id, result.name, result.seq, result.size // BYTES_PER_TOKEN)
             for use_id, result in window.results.items()
@@ -255,7 +275,13 @@ def _summary(message: Mapping[str, Any]) -> RawObject | None:
 
 
 def _notes(message: Mapping[str, Any]) -> str | None:
-    if message.get("stop_reason") not in ("end_turn", "max_tokens", "stop_sequence"):
+    """The text of an answer, also of one that was cut: the log has the rest."""
+    if message.get("stop_reason") not in (
+        "end_turn",
+        "stop_sequence",
+        "max_tokens",
+        CONTEXT_EXCEEDED,
+    ):
         return None
     content = message.get("content") or []
     text = "\n".join(str(item["text"]) for item in content if item.get("type") == "text")

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from cowhand.harness import budget, context
 from cowhand.harness.calls import INTERRUPTED, ToolCall, plan_open, synthesized
-from cowhand.harness.fold import Conversation
-from cowhand.harness.profiles.base import Clear, Compact, Profile
+from cowhand.harness.fold import CONTEXT_EXCEEDED, Conversation
+from cowhand.harness.profiles.base import Change, Clear, Compact, Profile
 from cowhand.harness.window import Purpose
 from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
@@ -235,13 +235,39 @@ def _context_step(conversation: Conversation, profiles: Mapping[str, Profile]) -
     return step
 
 
+def _rescue(
+    conversation: Conversation, profiles: Mapping[str, Profile], now_ms: int | None
+) -> Step | None:
+    """What the context profile does about a request or a response that did not fit; None: the turn ends."""
+    window, profile = conversation.window, profiles.get(context.profile_name(conversation))
+    if not window.overflow or window.selected is None or profile is None:
+        return None
+    change = None if window.side is not None else context.rescue(conversation, profile)
+    if change is None and window.side is None:
+        return None
+    if conversation.unresolved:
+        return _tools_step(conversation)
+    wake_at = conversation.wake_at
+    if wake_at is not None and now_ms is not None and now_ms < wake_at:
+        return Park(until=wake_at)
+    step = _side_again(conversation) if change is None else _change_step(conversation, change)
+    if isinstance(step, SendRequest):
+        allowed = budget.allowance(conversation, step.max_tokens)
+        if allowed.max_tokens < step.max_tokens:
+            return _budget_reached(conversation, allowed.reached)
+    return step
+
+
 def _side_step(conversation: Conversation, profile: Profile) -> Step | None:
     """The change that the profile wants, or the next attempt of the one that is under way."""
     if conversation.window.side is not None:
         return _side_again(conversation)
     change = context.next_change(conversation, profile)
-    if change is None:
-        return None
+    return None if change is None else _change_step(conversation, change)
+
+
+def _change_step(conversation: Conversation, change: Change) -> Step:
+    """Make a change of the window, or ask the model for what it needs."""
     if isinstance(change, Clear):
         return Append((context.cleared(conversation, change.tool_use_ids),))
     return SendRequest(
@@ -336,7 +362,7 @@ def _ending(conversation: Conversation) -> Step | None:
         return None
     if conversation.stop_reason == "refusal":
         return Append((idle("refusal"),))
-    if conversation.stop_reason == "model_context_window_exceeded":
+    if conversation.window.overflow == "answer":
         return _give_up(
             conversation,
             "context_window_exceeded",
@@ -412,7 +438,7 @@ def _work_step(
     now_ms: int | None,
 ) -> Step:
     """The next step of an open turn, or of one that is to begin."""
-    step = _failed(conversation) or _ending(conversation)
+    step = _rescue(conversation, profiles, now_ms) or _failed(conversation) or _ending(conversation)
     if step is None and not provisioned:
         step = _eager(conversation)
     if step is not None:
@@ -422,7 +448,8 @@ def _work_step(
     unanswered = (
         conversation.retry
         or bool(conversation.uses)
-        or conversation.stop_reason in ("pause_turn", "max_tokens")
+        or conversation.stop_reason in ("pause_turn", "max_tokens", CONTEXT_EXCEEDED)
+        or conversation.unanswered
         or bool(conversation.window.carry and not conversation.ended)
     )
     if conversation.triggered or unanswered:

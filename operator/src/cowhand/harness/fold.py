@@ -30,8 +30,11 @@ from cowhand.session import events as ev
 from cowhand.session import rawjson
 from cowhand.session.events import Event
 
+CONTEXT_EXCEEDED: Final = "model_context_window_exceeded"
+"""Stop reason of a response that the context window cut."""
+
 CONTINUE: Final = "Your answer was cut off by the output limit. Continue where it stopped."
-"""What stands in for the user after a text that `max_tokens` cut."""
+"""What stands in for the user after a text that `max_tokens` or the window cut."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,12 @@ class Conversation:
         return frozenset((self.created or {}).get("custom_tools") or ())
 
     @property
+    def _readable(self) -> bool:
+        """The agent has the tool `read_log`."""
+        tools = (self.created or {})["request"].get("tools") or []
+        return any(tool.get("name") == "read_log" for tool in tools)
+
+    @property
     def unresolved(self) -> tuple[ToolUse, ...]:
         """Tool calls without a result, in order."""
         return tuple(use for use in self.uses if use.id not in self.results)
@@ -275,6 +284,12 @@ class Conversation:
         return self.stop_reason == "pause_turn" and not self.ended and not self.uses
 
     @property
+    def unanswered(self) -> bool:
+        """The open turn's newest message was sent and got no response, and its request is not repeated."""
+        waits = bool(self.messages) and self.messages[-1].role != "assistant"
+        return waits and not self.ended and self.request is None and self.stop_reason is None
+
+    @property
     def retry(self) -> bool:
         """The newest request got no response and belongs to the open turn: send the same again."""
         return (
@@ -298,7 +313,7 @@ class Conversation:
         blocks = [self.results[use.id] for use in self.uses]
         blocks += self.window.carry
         blocks += [one for item in seen if not item.system for one in item.blocks]
-        if not blocks and self.stop_reason == "max_tokens" and not self.ended:
+        if not blocks and self.stop_reason in _CUTTING and not self.ended:
             blocks.append(block({"type": "text", "text": CONTINUE}))
         if not blocks:
             return []
@@ -326,10 +341,17 @@ class Conversation:
         return kept, added
 
     def side_prompt(self, purpose: Purpose) -> list[Message]:
-        """All messages of a request that renews the window; queued text is not among them."""
+        """All messages of a request that renews the window; queued text is not among them.
+
+        Nor is, after a prompt that did not fit, what was new in it: it follows the summary or the notes.
+        """
         blocks = [self.results[use.id] for use in self.uses if use.id in self.results]
         blocks.extend(win.question(self.window, purpose))
         kept = list(self.messages)
+        if self.window.overflow == "prompt":
+            kept, _, system = win.split_newest(kept)
+            ids = set(win.newest_results(self.messages))
+            kept = [*win.cleared(kept, self.window.results, ids, self._readable), *system]
         if not blocks:
             return kept
         unanswered = [kept.pop()] if kept and kept[-1].role == "system" else []
@@ -543,12 +565,13 @@ class Conversation:
         blocks = response_blocks(self._payload)
         if blocks:
             self.messages.append(Message("assistant", blocks))
+        self.window.answered(cut=self.stop_reason == CONTEXT_EXCEEDED)
         self.context_tokens = st.context_tokens(message)
         self.counted_messages = len(self.messages)
         self.uses = tool_uses(message, self.custom_tools)
         self._asked_at = seq
         continued = self.stop_reason == "pause_turn" or (
-            self.stop_reason == "max_tokens" and not self.uses
+            self.stop_reason in _CUTTING and not self.uses
         )
         self.continuations = self.continuations + 1 if continued else 0
 
@@ -583,6 +606,8 @@ class Conversation:
                 self.error = None
             else:
                 self.failures += 1
+                if win.too_long(self.error):
+                    self.window.overflow = "prompt"
 
     def _pending(self, seq: int, data: Mapping[str, Any]) -> None:
         self.asked.add(data["tool_use_id"])
@@ -620,11 +645,17 @@ class Conversation:
         system = (
             Queued(0, one.blocks, system=True) for one in self.messages if one.role == "system"
         )
-        self.queued = [*system, *self.queued]
+        held: tuple[Block, ...] = ()
+        if self.window.overflow == "prompt":
+            _, text, _ = win.split_newest(self.messages)
+            held = (*win.retold(self.messages, self.window), *text)
+        waiting = (Queued(0, held),) if held else ()
+        self.queued = [*system, *waiting, *self.queued]
         self.messages = messages
         self._turn_start, self._turn_results = len(messages), ()
         self._clear_tools()
         self.request = None
+        self.error, self.failures = None, 0
         self.stop_reason = None
         self.continuations = 0
         self.wakes = 0
@@ -633,16 +664,16 @@ class Conversation:
 
     def _cleared(self, seq: int, data: Mapping[str, Any]) -> None:
         ids = {str(use_id) for use_id in data["tool_use_ids"]}
-        tools = (self.created or {})["request"].get("tools") or []
-        readable = any(tool.get("name") == "read_log" for tool in tools)
         before = sum(len(item.raw) for message in self.messages for item in message.blocks)
-        self.messages = win.cleared(self.messages, self.window.results, ids, readable)
+        self.messages = win.cleared(self.messages, self.window.results, ids, self._readable)
         after = sum(len(item.raw) for message in self.messages for item in message.blocks)
         self.window.cleared |= ids
         if self.context_tokens:
             freed = (before - after) // win.BYTES_PER_TOKEN
             self.context_tokens = max(1, self.context_tokens - freed)
         self.request = None
+        self.error, self.failures = None, 0
+        self.window.overflow = ""
         self.wakes = 0
 
     # Hands.
@@ -669,6 +700,7 @@ class Conversation:
         self.wakes = 0
         if self.idle["type"] in st.ENDS_TURN:
             self.ended = True
+            self.window.overflow = ""
             self.interrupted = False
             self.error = None
             self.failures = 0
@@ -703,7 +735,7 @@ def tool_uses(
 _RUNNING: Final = frozenset({ev.STATUS_RUNNING, ev.MODEL_REQUEST_START, ev.TOOL_STARTED})
 """Events after which a session runs, until it is idle again."""
 
-_CUTTING: Final = frozenset({"max_tokens", "model_context_window_exceeded"})
+_CUTTING: Final = frozenset({"max_tokens", CONTEXT_EXCEEDED})
 
 _HANDLERS: Final[Mapping[str, Callable[[Conversation, int, Mapping[str, Any]], None]]] = {
     ev.SESSION_CREATED: Conversation._created,

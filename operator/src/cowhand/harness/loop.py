@@ -421,7 +421,7 @@ class SessionLoop:
         conversation = self._journal.conversation
         attempt = (step.n, step.attempt, step.purpose)
         if step.backoff[1] > 0 and self._waited != attempt:
-            failure = conversation.error or conversation.window.side_error or {}
+            failure = conversation.window.side_error or conversation.error or {}
             pause = random.uniform(*step.backoff)  # noqa: S311
             if await self._pause(str(failure.get("type", "")), pause):
                 self._waited = attempt

@@ -17,6 +17,7 @@ from cowhand.harness.decide import Park, Stop, next_step
 from cowhand.harness.fold import Conversation, tool_uses
 from cowhand.harness.replay import replayed
 from cowhand.harness.request import Message
+from cowhand.harness.window import too_long
 from cowhand.session import events as ev
 from cowhand.session.events import Event
 from cowhand.session.export import Export
@@ -263,9 +264,14 @@ def _continues(before: tuple[Message, ...], after: tuple[Message, ...]) -> bool:
 
 
 def _resets(event: Event) -> bool:
-    """The event takes messages out of the prompt, and says so: a refusal, or a change of the context."""
+    """The event takes messages out of the prompt, and says so: a refusal, or a change of the context.
+
+    What made a prompt too long is left out when the model is asked for a summary or notes.
+    """
     if event.type.startswith("context."):
         return True
+    if event.type == ev.MODEL_REQUEST_END and event.data["outcome"] == "error":
+        return too_long(event.data["error"])
     refused = event.type == ev.MODEL_RESPONSE and event.data["message"].get("stop_reason")
     return refused == "refusal"
 

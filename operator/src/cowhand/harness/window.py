@@ -13,6 +13,9 @@ from typing import Any, Final, Literal
 
 from cowhand.harness.request import Block, Message, Ttl, content_blocks, tool_result_block
 
+Overflow = Literal["", "prompt", "answer"]
+"""What did not fit the window: nothing, the newest request, or the newest response, which was cut."""
+
 Purpose = Literal["turn", "compaction", "notes"]
 """What a model request is for: a turn of the conversation, or to renew the window."""
 
@@ -25,6 +28,7 @@ GONE: Final = (
     "[This tool result was removed from the context to make room; it had {size} characters. "
     "It stands at position {seq} of this session's log{how}.]"
 )
+RETOLD: Final = "[Result of the newest call of {name}, position {seq} of this session's log:]"
 HOW: Final = ": read_log with start {seq} and end {seq} shows it"
 
 
@@ -74,6 +78,8 @@ class Window:
         results: tool_use_id -> every tool result of the session, oldest first.
         cleared: tool results that are not shown any more.
         starts: times of the newest turn requests, ms, oldest first.
+        overflow: what did not fit, until something was done about it.
+        fresh: nothing but overflows was heard since the newest renewal: another one would not help.
         turn_carry: what the open turn took of `carry`; a refused turn gives it back.
     """
 
@@ -89,6 +95,8 @@ class Window:
     results: dict[str, Result] = field(default_factory=dict)
     cleared: set[str] = field(default_factory=set)
     starts: tuple[int, ...] = ()
+    overflow: Overflow = ""
+    fresh: bool = False
     turn_carry: tuple[Block, ...] = ()
 
     @property
@@ -127,11 +135,17 @@ class Window:
 
     def turn_started(self, data: Mapping[str, Any]) -> None:
         """`span.model_request_start` of a turn: what was tried before it is over."""
+        self.overflow = ""
         if self.side is not None:
             self.gave_up = int(data["n"])
             self.side, self.side_error, self.side_failures = None, None, 0
         if "at" in data and int(data["attempt"]) == 1:
             self.starts = (*self.starts, int(data["at"]))[-6:]
+
+    def answered(self, *, cut: bool) -> None:
+        """`model.response`; `cut`: the window ended it."""
+        self.overflow = "answer" if cut else ""
+        self.fresh = self.fresh and cut
 
     def turn_begins(self) -> None:
         """What a refusal of this turn gives back is what it takes from here on."""
@@ -152,7 +166,61 @@ class Window:
         self.turn_begins()
         self.side, self.side_error, self.side_failures, self.gave_up = None, None, 0, 0
         self.carry = carry
+        self.overflow, self.fresh = "", True
         self.cleared.update(self.results)
+
+
+def too_long(error: Mapping[str, Any]) -> bool:
+    """This error of a request says that its prompt does not fit, by the words that the API has for it."""
+    text = str(error.get("message", "")).lower()
+    if error.get("type") == "request_too_large":
+        return True
+    words = ("prompt is too long", "exceed context limit")
+    return error.get("type") == "invalid_request_error" and any(word in text for word in words)
+
+
+def split_newest(
+    messages: Sequence[Message],
+) -> tuple[list[Message], tuple[Block, ...], list[Message]]:
+    """A prompt that does not fit, without what the newest user message adds to it.
+
+    Results of tools stay, for their calls stand before them.
+
+    Returns:
+        What stays, the blocks that were taken out, and the system message behind them, if there is one.
+    """
+    kept = list(messages)
+    system = [kept.pop()] if kept and kept[-1].role == "system" else []
+    if not kept or kept[-1].role != "user":
+        return kept, (), system
+    newest = kept.pop().blocks
+    results = tuple(item for item in newest if item.type == "tool_result")
+    if results:
+        kept.append(Message("user", results))
+    return kept, tuple(item for item in newest if item.type != "tool_result"), system
+
+
+def newest_results(messages: Sequence[Message]) -> tuple[str, ...]:
+    """tool_use_ids of the results in the newest message, if it is the user's."""
+    kept = [message for message in messages if message.role != "system"]
+    if not kept or kept[-1].role != "user":
+        return ()
+    blocks = (item for item in kept[-1].blocks if item.type == "tool_result")
+    return tuple(str(json.loads(item.raw)["tool_use_id"]) for item in blocks)
+
+
+def retold(messages: Sequence[Message], window: Window) -> tuple[Block, ...]:
+    """The results in the newest user message as text of the user: in a renewed window their calls are gone."""
+    blocks: list[Block] = []
+    newest = set(newest_results(messages)) - window.cleared
+    for message in messages[-2:]:
+        for item in message.blocks:
+            value = json.loads(item.raw) if item.type == "tool_result" else {}
+            found = window.results.get(str(value.get("tool_use_id")))
+            if found is not None and value["tool_use_id"] in newest:
+                blocks += content_blocks(RETOLD.format(name=found.name, seq=found.seq))
+                blocks += content_blocks(value.get("content") or "")
+    return tuple(blocks)
 
 
 def cleared(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from cowhand.harness.profiles.models import traits
+from cowhand.harness.window import Overflow
 
 MOST_TRIGGER: Final = 400_000
 """Default trigger of the largest windows, tokens: beyond, each request is dear and answers get worse."""
@@ -97,6 +98,7 @@ class View:
         tokens: estimated size of the next request: what the newest response reported, plus what is new.
         results: tool results in the prompt that were not cleared, oldest first.
         can_renew: the prompt may be replaced now: there is one, and no paused response is open.
+        newest: tool_use_ids of the results that the newest request added and that were not cleared.
     """
 
     model: str
@@ -104,6 +106,7 @@ class View:
     tokens: int
     results: tuple[OldResult, ...]
     can_renew: bool
+    newest: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,3 +171,32 @@ class Profile(ABC):
     @abstractmethod
     def next(self, view: View) -> Change | None:
         """What to do before the next request, None for nothing."""
+
+    def rescue(self, view: View, overflow: Overflow) -> Change | None:
+        """What to do when the window was full all the same: the API refused a request, or cut a response.
+
+        Asked again when that did not help, with what is left; a renewal is offered (`view.can_renew`) only once
+        until the model has answered. A summary or notes are asked for without the text that was too much, which
+        follows them.
+
+        Args:
+            view: as for `next`; `tokens` was an estimate, and too low.
+            overflow: `prompt`, or `answer` of a response that was cut.
+
+        Returns:
+            None: nothing, the turn ends with an error.
+        """
+        return None
+
+    @staticmethod
+    def too_much(view: View) -> bool:
+        """More than half of a refused prompt are the results that it brought: the rest may stay."""
+        new = sum(result.tokens for result in view.results if result.tool_use_id in view.newest)
+        return 2 * new > view.tokens
+
+    @classmethod
+    def renewed(cls, change: Change, view: View, overflow: Overflow) -> Change | None:
+        """For `rescue` of profiles that renew: `change`, unless the results that are new are the trouble."""
+        if overflow == "prompt" and cls.too_much(view):
+            return Clear(view.newest)
+        return change if view.can_renew else None

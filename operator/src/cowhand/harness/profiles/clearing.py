@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cowhand.harness.profiles.base import Change, Clear, Extras, Profile, Thresholds, View
 from cowhand.harness.profiles.models import traits
+from cowhand.harness.window import Overflow
 
 
 class Clearing(Profile):
@@ -47,3 +48,12 @@ class Clearing(Profile):
         if not old or sum(result.tokens for result in old) < max(1, limits.clear_at_least_tokens):
             return None
         return Clear(tuple(result.tool_use_id for result in old))
+
+    def rescue(self, view: View, overflow: Overflow) -> Change | None:
+        """Clear all results but those that the refused request brought, then those; bound prompts keep the old ones."""
+        old = tuple(r.tool_use_id for r in view.results if r.tool_use_id not in view.newest)
+        if old and not traits(view.model).bound_thinking:
+            return Clear(old)
+        if overflow == "prompt" and (self.too_much(view) or not traits(view.model).bound_thinking):
+            return Clear(view.newest)
+        return None

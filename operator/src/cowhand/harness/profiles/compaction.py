@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cowhand.harness.profiles.base import Change, Compact, Profile, View
 from cowhand.harness.profiles.models import traits
+from cowhand.harness.window import Overflow
 
 
 class Compaction(Profile):
@@ -23,3 +24,7 @@ class Compaction(Profile):
         """Compact before the next request would pass the trigger."""
         full = view.tokens > view.thresholds.trigger_tokens
         return Compact() if full and view.can_renew else None
+
+    def rescue(self, view: View, overflow: Overflow) -> Change | None:
+        """The same, unless the results that a refused request brought are too much by themselves: they are cleared."""
+        return self.renewed(Compact(), view, overflow)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cowhand.harness.profiles.base import Change, Profile, Reset, View
 from cowhand.harness.profiles.models import traits
+from cowhand.harness.window import Overflow
 
 
 class ContextReset(Profile):
@@ -20,3 +21,7 @@ class ContextReset(Profile):
         """Ask for notes before the next request would pass the trigger."""
         full = view.tokens > view.thresholds.trigger_tokens
         return Reset() if full and view.can_renew else None
+
+    def rescue(self, view: View, overflow: Overflow) -> Change | None:
+        """The same, unless the results that a refused request brought are too much by themselves: they are cleared."""
+        return self.renewed(Reset(), view, overflow)

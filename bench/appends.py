@@ -28,7 +28,7 @@ BATCHED = 20_000
 SERIAL = 2_000
 PAYLOAD = 1024
 RATE = 200
-PACED_S = 10
+PACED_S = 8
 STORES: dict[str, str] = {
     "dev": "one server, AOF everysec",
     "standard": "primary and replica, AOF everysec, WAIT 1",

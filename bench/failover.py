@@ -1,6 +1,6 @@
 """How many acknowledged events a failover loses in each durability profile: counts, prints and writes the table.
 
-    .venv/bin/python bench/failover.py [--runs N] [--dry]
+    .venv/bin/python bench/failover.py [--runs N] [--seconds S] [--dry]
 
 Counts, not times: a cut of the replication link, SIGKILL of the primary, the replica takes over, the old primary comes
 back as a replica. The rig is tests/support/failover.py; docs/performance/failover.md is what is written.
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import pathlib
 import sys
+import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import get_args
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -40,19 +43,36 @@ What it means: [guarantees](../guarantees.md#durability-profiles). The profile `
 """
 
 
-async def runs(profile: Profile, binary: str, count: int, *, cut: bool) -> list[Outcome]:
-    """Several runs, each with servers of its own."""
-    found = []
-    for _ in range(count):
-        async with rig(profile, binary) as made:
-            found.append(await made.fail_over(cut=cut))
-    return found
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table."""
+
+    server: str
+    binary: str
+    profile: Profile
+    cut: bool
+
+    async def run(self) -> Outcome:
+        """One run, with servers of its own."""
+        async with rig(self.profile, self.binary) as made:
+            return await made.fail_over(cut=self.cut)
 
 
-def line(server: str, profile: str, cut: bool, found: list[Outcome]) -> str:
+def settings() -> list[Setting]:
+    """All rows."""
+    return [
+        Setting(f"{name.split('-')[0].title()} {'.'.join(map(str, version(binary)))}", binary, profile, cut)
+        for name, binary in installed().items()
+        for profile in get_args(Profile)
+        for cut in (False, True)
+        if profile != "managed"
+    ]  # fmt: skip
+
+
+def line(one: Setting, found: list[Outcome]) -> str:
     """A row of the table."""
     cells = (
-        *(server, f"`{profile}`", "cut" if cut else "whole", len(found)),
+        *(one.server, f"`{one.profile}`", "cut" if one.cut else "whole", len(found)),
         *(sum(one.before for one in found), sum(one.in_cut for one in found)),
         f"**{sum(one.missing for one in found)}**",
         f"{sum(one.healed for one in found)} of {sum(one.sessions for one in found)}",
@@ -61,19 +81,20 @@ def line(server: str, profile: str, cut: bool, found: list[Outcome]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-async def measure(count: int) -> AsyncIterator[list[str]]:
-    """The rows so far, each time with one more: a run that is stopped leaves what it has counted."""
-    rows: list[str] = []
-    for name, binary in installed().items():
-        server = f"{name.split('-')[0].title()} {'.'.join(map(str, version(binary)))}"
-        for profile in get_args(Profile):
-            for cut in (False, True):
-                if profile == "managed":
-                    continue
-                row = line(server, profile, cut, await runs(profile, binary, count, cut=cut))
-                print(row, flush=True)
-                rows.append(row)
-                yield rows
+async def measure(count: int, seconds: float = math.inf) -> AsyncIterator[list[str]]:
+    """The table so far, each time with one run more: a run that is stopped leaves what it has counted.
+
+    Every row gets one run, then every row a second one, until all have `count` or so many seconds are over.
+    """
+    deadline = time.monotonic() + seconds
+    found: dict[Setting, list[Outcome]] = {one: [] for one in settings()}
+    for number in range(count):
+        for one, outcomes in found.items():
+            if number and time.monotonic() > deadline:
+                return
+            outcomes.append(await one.run())
+            print(line(one, outcomes), flush=True)
+            yield [line(*item) for item in found.items() if item[1]]
 
 
 def main() -> int:
@@ -81,14 +102,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--dry", action="store_true", help="write nothing")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after these")
     args = parser.parse_args()
-    asyncio.run(write(args.runs, dry=args.dry))
+    asyncio.run(write(args.runs, args.seconds, dry=args.dry))
     return 0
 
 
-async def write(count: int, *, dry: bool) -> None:
+async def write(count: int, seconds: float = math.inf, *, dry: bool = False) -> None:
     """Measure, and write the page unless `dry`."""
-    async for rows in measure(count):
+    async for rows in measure(count, seconds):
         if not dry:
             end = f"\n\nCommit {commit()}; all servers on one host.\n"
             PAGE.write_text(HEAD + "\n".join(rows) + end)

@@ -23,7 +23,7 @@ Every figure of `bench/`, from `bench/results.json`; written by `bench/report.py
 stand its workload, sample size and conditions, because a number without them says nothing.
 
 How to repeat: `make bench-local` needs no cluster (real store, real `cowhand harness` processes, the scripted model
-server; some 12 minutes); `make bench` measures everything on the cluster of `make cluster images install`. One part alone:
+server; at most 8 minutes, the failover table with it); `make bench` measures everything on the cluster of `make cluster images install`. One part alone:
 `.venv/bin/python bench/local.py --dry wake streaming` (`--dry` writes nothing).
 
 How to read it: everything shares the cores of one small machine, also the model server and the measuring process, and

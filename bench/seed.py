@@ -1,6 +1,6 @@
 """Sessions with a past: logs as a harness would have written them, without running the turns.
 
-Every event is folded as it is made, so each request carries the hash that a worker will check when it wakes
+Every event is folded as it is made, and the last request carries the hash that a worker will check when it wakes
 the session.
 """
 
@@ -49,12 +49,16 @@ class _Log:
         self.rest.append(event)
         self._fold(event)
 
-    def request(self) -> None:
-        talk = self.conversation
-        prompt = talk.prompt(talk.last_seq)
+    def request(self, *, last: bool = False) -> None:
+        """A wake checks the hash of the last request alone; those of the others are not made."""
+        talk, sha, count = self.conversation, "0" * 64, 2 * self.conversation.n + 1
+        if last:
+            prompt = talk.prompt(talk.last_seq)
+            sha = prefix_sha(talk.base, talk.session_id, talk.max_tokens, prompt)
+            assert len(prompt) == count
         data = {
-            "n": talk.n + 1, "attempt": 1, "horizon": talk.last_seq, "n_messages": len(prompt),
-            "prefix_sha": prefix_sha(talk.base, talk.session_id, talk.max_tokens, prompt),
+            "n": talk.n + 1, "attempt": 1, "horizon": talk.last_seq, "n_messages": count,
+            "prefix_sha": sha,
         }  # fmt: skip
         self.add(ev.MODEL_REQUEST_START, data)
 
@@ -87,7 +91,7 @@ def history(session_id: str, first: str, calls: int, result: int) -> _Log:
             ev.TOOL_RESULT,
             {"tool_use_id": use, "content": content, "is_error": False, "synthesized": False},
         )
-    log.request()
+    log.request(last=True)
     log.response(message(text("done")))
     log.add(ev.STATUS_IDLE, {"stop_reason": {"type": "end_turn"}})
     return log

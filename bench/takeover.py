@@ -66,7 +66,7 @@ async def crash(world: World, rounds: int = 2, count: int = 10) -> list[Row]:
     return quantiles("takeover_crash_ms", took, "ms", {"p99": 12000}, what)
 
 
-async def hint(world: World, rounds: int = 4, count: int = 5) -> list[Row]:
+async def hint(world: World, rounds: int = 3, count: int = 5) -> list[Row]:
     took = await _killed(world, rounds, count, hint=True)
     what = f"SIGKILL of the harness that holds {count} sessions, {rounds} times, its heartbeat removed at once; {WHERE}; {host()}"
     return quantiles("takeover_hint_local_ms", took, "ms", {"p99": 2500}, what)
@@ -86,7 +86,7 @@ class _Watched:
         return await self._post(target, body)
 
 
-async def drain(world: World, rounds: int = 5, count: int = 4) -> list[Row]:
+async def drain(world: World, rounds: int = 4, count: int = 4) -> list[Row]:
     """SIGTERM while tools run in real sandboxes; each round the next harness takes over the same calls."""
     stack = world.stack
     watched = _Watched(stack.broker)

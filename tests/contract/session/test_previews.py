@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -54,6 +55,9 @@ async def test_what_is_no_preview_is_passed_over(log_roles):
         await log_roles.store.reads.call("PUBLISH", channel, junk)
     await previews.publish(sid, PIECE)
     assert await asyncio.wait_for(task, 60) == PIECE
+    thought = replace(PIECE, kind="thinking")
+    await previews.publish(sid, thought)
+    assert await asyncio.wait_for(anext(stream), 60) == thought
     await stream.aclose()
 
 
@@ -62,6 +66,8 @@ async def test_what_is_no_preview_is_passed_over(log_roles):
     [
         [1, 0, 0],
         [1, 0, 0, "x", 1],
+        [1, 0, 0, "x", "of a newer release"],
+        [1, 0, 0, "x", "thinking", 1],
         [True, 0, 0, "x"],
         [1, -1, 0, "x"],
         [1, 0, 2**60, "x"],
@@ -72,4 +78,6 @@ async def test_what_is_no_preview_is_passed_over(log_roles):
 )
 def test_only_previews_are_decoded(body):
     assert decode(json.dumps([1, 0, 0, "x"]).encode()) == Preview(1, 0, 0, "x")
+    thought = decode(json.dumps([1, 0, 0, "x", "thinking"]).encode())
+    assert thought == Preview(1, 0, 0, "x", "thinking")
     assert decode(json.dumps(body).encode()) is None

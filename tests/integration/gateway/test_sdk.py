@@ -236,6 +236,29 @@ async def test_the_workspace_header_names_the_tenant(rig):
         await rig.sdk().beta.sessions.retrieve(SID, workspace_id="kube-system")
 
 
+async def test_thinking_is_announced_and_its_text_stands_in_the_raw_log_alone(rig):
+    await rig.create()
+    client, previews = rig.sdk(), rig.store.previews("default")
+    await rig.work((ev.STATUS_RUNNING, {}))
+    start = 5
+    stream = await client.beta.sessions.events.stream(SID, event_deltas=["agent.thinking"])
+    async with stream:
+        await rig.work((ev.MODEL_REQUEST_START, {"n": 1, "attempt": 1, "horizon": 4}))
+        thought = Preview(start, 0, 0, "qzj", "thinking")
+        while not await previews.publish(SID, thought):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        heard = await asyncio.wait_for(collect(stream, "event_start"), 60)
+        assert heard[-1].event.type == "agent.thinking"
+        said = response({"type": "thinking", "thinking": "x"}, {"type": "text", "text": "Hello"})
+        end = (ev.MODEL_REQUEST_END, {"start": start, "outcome": "ok"})
+        await rig.work((ev.MODEL_RESPONSE, {**said, "start": start}), end)
+        rest = await asyncio.wait_for(collect(stream, "agent.thinking"), 60)
+        assert rest[-1].id == heard[-1].event.id
+        assert not {"event_delta"} & {event.type for event in (*heard, *rest)}
+    stored = await rig.logs["default"].get_events(SID)
+    assert not [one for one in stored if b"qzj" in one.payload]
+
+
 async def test_text_is_seen_while_it_is_written_and_only_by_who_asks(rig):
     await rig.create()
     client, previews = rig.sdk(), rig.store.previews("default")

@@ -341,6 +341,7 @@ async def test_visible_text_is_previewed_and_never_logged() -> None:
         async def stream(self, body: bytes, *, on_text: Any, **more: Any) -> Any:
             on_text(1, "qzj")
             on_text(1, "lo")
+            on_text(2, "vwk", "thinking")
             return await inner.stream(body, on_text=on_text, **more)
 
     rig.around = replace(
@@ -351,10 +352,16 @@ async def test_visible_text_is_previewed_and_never_logged() -> None:
     )
     assert await rig.run() is End.PARKED
     start = made.types().index(ev.MODEL_REQUEST_START) + 1
-    assert heard == [(SID, start, 1, "qzj"), (SID, start, 1, "lo")]
+    assert heard == [
+        (SID, start, 1, "qzj", "text"),
+        (SID, start, 1, "lo", "text"),
+        (SID, start, 2, "vwk", "thinking"),
+    ]
     assert over == [SID]
     assert made.data(ev.MODEL_RESPONSE)[0]["start"] == start
-    assert b"qzj" not in b"".join(event.payload for event in made.events)
+    logged = b"".join(event.payload for event in made.events)
+    assert b"qzj" not in logged
+    assert b"vwk" not in logged
 
 
 @pytest.mark.parametrize("timed", [True, False])

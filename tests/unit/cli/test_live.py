@@ -40,6 +40,16 @@ def test_text_grows_in_its_place_and_is_taken_away() -> None:
     assert live.clear() == "", "only once"
 
 
+def test_thinking_stands_behind_a_bar() -> None:
+    live, screen = Live(60), Screen()
+    screen.write(live.feed({**piece("hm\nwell"), "kind": "thinking"}))
+    assert screen.words() == ["┊ hm", "┊ well"]
+    screen.write(live.feed({**piece("x" * 100), "kind": "thinking"}))
+    assert [len(word) for word in screen.words()] == [37, 37, 32], "as wide as text"
+    screen.write(live.feed(piece("Hello", block=1)))
+    assert screen.words() == ["Hello"]
+
+
 def test_a_long_text_shows_its_end_and_a_new_block_begins_anew() -> None:
     live, screen = Live(60), Screen()
     for number in range(50):

@@ -64,6 +64,23 @@ async def test_the_first_piece_goes_out_at_once_and_the_others_follow_without_a_
     await previewer.close()
 
 
+async def test_thinking_is_a_block_of_its_own_kind() -> None:
+    channel = Channel()
+    previewer = Previewer(channel)
+    previewer("s", 5, 0, "hm", "thinking")
+    await settle()
+    previewer("s", 5, 0, "m", "thinking")
+    await settle()
+    previewer("s", 5, 1, "Hello")
+    await settle()
+    assert channel.sent == [
+        Preview(5, 0, 0, "hm", "thinking"),
+        Preview(5, 0, 2, "m", "thinking"),
+        Preview(5, 1, 0, "Hello"),
+    ]
+    await previewer.close()
+
+
 async def test_who_comes_later_gets_the_block_from_its_beginning() -> None:
     channel = Channel()
     channel.listens = 0

@@ -1,4 +1,4 @@
-"""The text that Claude is still writing, at the bottom of a terminal: the last lines, drawn over until they are final.
+"""What Claude is writing or thinking now, at the bottom of a terminal: the last lines, drawn over until they are final.
 
 Only for terminals: what is drawn here is taken away again, and then the event itself is printed. Pure: previews in,
 what to write out.
@@ -13,6 +13,10 @@ from cowhand.cli.render import MARGIN, safe
 
 ROWS: Final = 6
 """Lines of a text that are shown."""
+
+
+THINKING: Final = "┊ "
+"""Stands before thinking."""
 
 
 class Live:
@@ -35,12 +39,14 @@ class Live:
             self._block, self._text = block, ""
         # What is above the shown lines is never needed again.
         self._text = (self._text + str(preview["text"]))[-2 * ROWS * self._room :]
+        bar = THINKING if preview.get("kind") == "thinking" else ""
+        room = self._room - len(bar)
         lines = [
-            line[at : at + self._room]
+            line[at : at + room]
             for line in safe(self._text).split("\n")
-            for at in range(0, max(1, len(line)), self._room)
+            for at in range(0, max(1, len(line)), room)
         ][-ROWS:]
-        out = self.clear() + "".join(f"{' ' * MARGIN}{line}\n" for line in lines)
+        out = self.clear() + "".join(f"{' ' * MARGIN}{bar}{line}\n" for line in lines)
         self._rows = len(lines)
         return out
 

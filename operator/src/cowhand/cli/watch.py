@@ -95,8 +95,8 @@ class Source:
         """(session object, event) for each event of the raw log from `start` on.
 
         The session object is as it was when the connection was made. Negative positions count from the end; `types`
-        keeps only events of these types. With `previews` also `{"preview":{"start","block","offset","text"}}` in the
-        place of an event: text that is still being written.
+        keeps only events of these types. With `previews` also `{"preview":{"start","block","offset","text","kind"?}}`
+        in the place of an event: text or thinking that is still being written.
 
         Raises:
             GatewayUnavailable: no connection for 60 s, or (without `follow`) once.
@@ -110,7 +110,7 @@ class Source:
             query = {"start": str(position), "follow": "true" if follow else "false"}
             query |= {"end": str(end)} if end is not None else {}
             query |= {"types": ",".join(types)} if types else {}
-            query |= {"previews": "true"} if previews and follow else {}
+            query |= {"previews": "true", "thinking": "true"} if previews and follow else {}
             for line in client.lines(f"/v1/sessions/{self.session_id}/log", query):
                 if not line:
                     continue

@@ -336,14 +336,14 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
     """`GET /v1/sessions/{id}/events/stream`."""
     gateway = request.app[GATEWAY]
     resume = resume_position(request.headers.get("Last-Event-ID"), request.query)
-    with_previews = previews.wanted(request.query)
+    kinds = previews.wanted(request.query)
     target = await _target(request, READ)
     session_id = target.session_id
     unseen = None if resume else gateway.unseen.pop(session_id)
     start = max(1, resume[0]) if resume else unseen or target.state.next_seq
     context = await context_at(target.log, session_id, start)
     renderer = Renderer(context, after=resume or (0, 0))
-    shown = (lambda one: previews.frames(session_id, one)) if with_previews else None
+    shown = previews.Frames(session_id, kinds) if kinds else None
     response = _stream_response("text/event-stream")
     response.headers["request-id"] = request[REQUEST_ID]
     await response.prepare(request)
@@ -366,7 +366,8 @@ async def read_log(request: web.Request) -> web.StreamResponse:
     response.headers["request-id"] = request[REQUEST_ID]
     await response.prepare(request)
     if query.follow:
-        shown = previews.line if query.previews else None
+        render = previews.line if query.thinking else previews.text_line
+        shown = render if query.previews else None
         await _follow(
             request, response, target, start, query.render, b"\n", rawlog.error_line, shown
         )

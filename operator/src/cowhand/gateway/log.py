@@ -2,8 +2,8 @@
 
 One line per event, `{"seq","type","id","ts","lease","payload"}` with the payload as JSON.
 Empty lines are keep-alives. A line `{"error":...}` at the end says why a followed log stopped.
-Lines `{"preview":{"start","block","offset","text"}}` (with `previews`) are text that is still being written: they are
-not events, and no position counts them.
+Lines `{"preview":{"start","block","offset","text","kind"?}}` (with `previews`, and `thinking`) are text that is
+still being written: they are not events, and no position counts them.
 
 `export_lines` makes the file of `cowhand export` (see `session.export`), whose payloads survive byte for byte.
 """
@@ -34,6 +34,7 @@ class Query:
         follow: go on with new events.
         types: types to keep, empty for all.
         previews: with the text of responses that are still written; only with `follow`.
+        thinking: with their thinking too; only with `previews`.
     """
 
     start: int = 1
@@ -41,6 +42,7 @@ class Query:
     follow: bool = False
     types: frozenset[str] = frozenset()
     previews: bool = False
+    thinking: bool = False
 
     def render(self, event: Event) -> bytes:
         """The line of an event, empty for one that the filter leaves out."""
@@ -61,7 +63,7 @@ def _position(query: MultiMapping[str], name: str) -> int | None:
 
 
 def parse(query: MultiMapping[str]) -> Query:
-    """The query of a request: `start`, `end`, `follow`, `previews`, `types` (comma separated, may be repeated).
+    """The query: `start`, `end`, `follow`, `previews`, `thinking`, `types` (comma separated, may be repeated).
 
     Raises:
         UserError: a value that is not valid; `field` names the parameter.
@@ -73,7 +75,7 @@ def parse(query: MultiMapping[str]) -> Query:
         raise UserError("end: cannot be combined with follow", field="end")
     given = [*query.getall("types", []), *query.getall("types[]", [])]
     types = frozenset(word for text in given for word in text.split(",") if word)
-    return Query(start, end, follow, types, previews)
+    return Query(start, end, follow, types, previews, _flag(query, "thinking"))
 
 
 def _flag(query: MultiMapping[str], name: str) -> bool:

@@ -2,15 +2,16 @@
 
 The frames are those of the Managed Agents API (`event_start`, `event_delta`): they have no position, are never in
 the history, and end with the event itself, which has the same id, or with the `span.model_request_end` of a request
-that brought none. Previews and log come over different ways, so `Gate` lets through only what belongs to the request
-that the log is at, from the beginning of a block and without a gap.
+that brought none. Of thinking there is only the start, as in that API; its text is in previews of the raw log alone.
+Previews and log come over different ways, so `Gate` lets through only what belongs to the request that the log is
+at, from the beginning of a block and without a gap.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable
 from typing import Any, Final
 
 from multidict import MultiMapping
@@ -23,14 +24,14 @@ from cowhand.session.events import Event
 from cowhand.session.preview import Preview
 
 KINDS: Final = frozenset({"agent.message", "agent.thinking"})
-"""What official clients may ask for; thoughts are not previewed."""
+"""What official clients may ask for."""
 
 HELD: Final = 64
 """Previews of one request that wait for its event."""
 
 
-def wanted(query: MultiMapping[str]) -> bool:
-    """Whether a stream asks for previews of messages: `event_deltas[]=agent.message`.
+def wanted(query: MultiMapping[str]) -> frozenset[str]:
+    """The events that a stream asks for previews of: `event_deltas[]=agent.message`.
 
     Raises:
         UserError: a kind that is none.
@@ -40,7 +41,7 @@ def wanted(query: MultiMapping[str]) -> bool:
     if unknown:
         listed = ", ".join(sorted(KINDS))
         raise UserError(f"event_deltas: {unknown[0]!r} is none of {listed}", field="event_deltas")
-    return "agent.message" in given
+    return frozenset(given)
 
 
 class Gate:
@@ -86,28 +87,65 @@ class Gate:
         return True
 
 
-def frames(session_id: str, preview: Preview) -> bytes:
-    """The frames of a preview in a stream of server-sent events."""
-    identity = message_id(session_id, preview.start, preview.block)
-    out: list[Public] = []
-    if preview.offset == 0:
-        started = {"type": "agent.message", "id": identity}
-        out.append({"type": "event_start", "event": started})
-    content = {"type": "text", "text": preview.text}
-    delta = {"type": "content_delta", "index": 0, "content": content}
-    out.append({"type": "event_delta", "event_id": identity, "delta": delta})
+class Frames:
+    """Renders the previews of one stream of server-sent events.
+
+    Args:
+        session_id: of the stream.
+        kinds: the events that it asks for, see `wanted`.
+    """
+
+    def __init__(self, session_id: str, kinds: Collection[str]) -> None:
+        self._session_id = session_id
+        self._kinds = kinds
+        self._text: tuple[int, int] = (0, 0)
+
+    def __call__(self, preview: Preview) -> bytes:
+        """The frames of a preview; empty for one that was not asked for."""
+        place = (preview.start, preview.block)
+        if preview.kind == "text":
+            self._text = place
+            return self._message(preview) if "agent.message" in self._kinds else b""
+        # Thinking blocks one after the other are one event, which has the id of the first, also if that one is
+        # redacted and cannot be seen here: so it must be sure that another event stands before.
+        first = preview.block == 0 or self._text == (preview.start, preview.block - 1)
+        if preview.offset or not first or "agent.thinking" not in self._kinds:
+            return b""
+        return _frames([self._started("agent.thinking", preview)])
+
+    def _message(self, preview: Preview) -> bytes:
+        identity = message_id(self._session_id, preview.start, preview.block)
+        content = {"type": "text", "text": preview.text}
+        delta = {"type": "content_delta", "index": 0, "content": content}
+        out: list[Public] = [{"type": "event_delta", "event_id": identity, "delta": delta}]
+        if preview.offset == 0:
+            out.insert(0, self._started("agent.message", preview))
+        return _frames(out)
+
+    def _started(self, kind: str, preview: Preview) -> Public:
+        identity = message_id(self._session_id, preview.start, preview.block)
+        return {"type": "event_start", "event": {"type": kind, "id": identity}}
+
+
+def _frames(events: Iterable[Public]) -> bytes:
     return b"".join(
         f"event: {one['type']}\ndata: {json.dumps(one, ensure_ascii=False)}\n\n".encode()
-        for one in out
+        for one in events
     )
 
 
 def line(preview: Preview) -> bytes:
     """A preview in the raw log of `cowhand events`: a line without a position."""
-    body = {"start": preview.start, "block": preview.block, "offset": preview.offset}
-    return (
-        json.dumps({"preview": {**body, "text": preview.text}}, ensure_ascii=False).encode() + b"\n"
-    )
+    body: dict[str, int | str] = {"start": preview.start, "block": preview.block}
+    body |= {"offset": preview.offset, "text": preview.text}
+    if preview.kind != "text":
+        body["kind"] = preview.kind
+    return json.dumps({"preview": body}, ensure_ascii=False).encode() + b"\n"
+
+
+def text_line(preview: Preview) -> bytes:
+    """As `line`, for whoever knows of text alone; nothing of thinking."""
+    return line(preview) if preview.kind == "text" else b""
 
 
 def renderer(

@@ -44,6 +44,7 @@ from cowhand.session import events as ev
 from cowhand.session.events import NewEvent
 from cowhand.session.gate import OpenGate, RateGate
 from cowhand.session.log import HandRecord, Parked, SessionLog, State, WorkerLog
+from cowhand.session.preview import Kind
 from cowhand.telemetry.metrics import RESCHEDULED
 
 log = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ class Surroundings:
         admit: returns when new work may start (the worker's heartbeat is fresh).
         gate: rate gate of the tenant; by default it is always open.
         slots: turns at the workspace that tenants share; by default nobody waits.
-        preview: session id, position of the request, index of the block, text: called for each piece of visible
-            text as it streams; must not wait.
+        preview: session id, position of the request, index of the block, text, `text` or `thinking`: called for
+            each piece of a turn's response as it streams; must not wait.
         preview_end: session id: the response is over, whole or not.
         probe: called with the name of each point that a crash test may stop at.
         profiles: installed context profiles by name.
@@ -107,7 +108,7 @@ class Surroundings:
     admit: Callable[[], Awaitable[None]]
     gate: RateGate = field(default_factory=OpenGate)
     slots: Slots = field(default_factory=NoSlots)
-    preview: Callable[[str, int, int, str], None] = lambda _session, _start, _block, _text: None
+    preview: Callable[[str, int, int, str, Kind], None] = lambda *_: None
     preview_end: Callable[[str], None] = lambda _session: None
     probe: Callable[[str], None] = lambda _point: None
     profiles: Mapping[str, Profile] = field(default_factory=dict)
@@ -462,9 +463,9 @@ class SessionLoop:
     def _stream(
         self, raw: bytes, betas: Sequence[str], purpose: Purpose, seq: int
     ) -> Coroutine[Any, Any, Response]:
-        def on_text(block: int, text: str) -> None:
+        def on_text(block: int, text: str, kind: Kind = "text", /) -> None:
             if purpose == "turn":  # a summary or notes are no answer to anybody
-                self._around.preview(self.session_id, seq, block, text)
+                self._around.preview(self.session_id, seq, block, text, kind)
 
         return self._around.model.stream(
             raw,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from cowhand.harness.model import Model, OnStart, Response, nothing
+from cowhand.harness.model import Model, OnStart, OnText, Response, nothing
 from cowhand.harness.stream import ModelError
 from cowhand.telemetry import metrics
 
@@ -48,7 +48,7 @@ class MeteredModel:
         *,
         session_id: str,
         lease: str,
-        on_text: Callable[[int, str], None],
+        on_text: OnText,
         on_start: OnStart = nothing,
         betas: Sequence[str] = (),
     ) -> Response:

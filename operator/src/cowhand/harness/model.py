@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
@@ -19,6 +19,7 @@ import httpx2
 
 from cowhand.harness.http import AiohttpTransport
 from cowhand.harness.stream import Accumulator, ModelError
+from cowhand.session.preview import Kind
 from cowhand.wire.ratelimit import exhausted_s
 
 PIECE: Final = 256 * 1024
@@ -39,6 +40,13 @@ _BY_STATUS: Final = {
 
 _MALFORMED: Final = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading an answer of another shape than the API's raises: the endpoint may send anything."""
+
+
+class OnText(Protocol):
+    """Called with each piece of visible text, and of thinking, as it comes."""
+
+    def __call__(self, block: int, text: str, kind: Kind = "text", /) -> None:
+        """`block`: index of the content block."""
 
 
 class OnStart(Protocol):
@@ -78,17 +86,17 @@ class Model(Protocol):
         *,
         session_id: str,
         lease: str,
-        on_text: Callable[[int, str], None],
+        on_text: OnText,
         on_start: OnStart = nothing,
         betas: Sequence[str] = (),
     ) -> Response:
-        """Send `body` as it is; `on_text` gets each piece of visible text as it comes.
+        """Send `body` as it is; `on_text` gets each piece of text and thinking as it comes.
 
         Args:
             body: the request.
             session_id: for the proxy.
             lease: for the proxy.
-            on_text: called with each piece and the index of its content block.
+            on_text: see `OnText`.
             on_start: see `OnStart`.
             betas: values of the header `anthropic-beta`.
 
@@ -163,7 +171,7 @@ class AnthropicModel:
         *,
         session_id: str,
         lease: str,
-        on_text: Callable[[int, str], None],
+        on_text: OnText,
         on_start: OnStart = nothing,
         betas: Sequence[str] = (),
     ) -> Response:
@@ -189,7 +197,7 @@ class AnthropicModel:
         self,
         content: AsyncIterator[bytes],
         headers: dict[str, str],
-        on_text: Callable[[int, str], None],
+        on_text: OnText,
         on_start: OnStart,
     ) -> Response:
         began = time.monotonic()
@@ -216,6 +224,8 @@ class AnthropicModel:
                     on_start(exhausted_s(stream.response.headers))
                 if text:
                     on_text(gathered.block, text)
+                elif gathered.thought:
+                    on_text(gathered.block, gathered.thought, "thinking")
         finally:
             await asyncio.shield(stream.close())
         message = gathered.message()

@@ -1,4 +1,4 @@
-"""Publishes the visible text of responses while they stream, if anybody looks.
+"""Publishes the text and the thinking of responses while they stream, if anybody looks.
 
 `loop` hands over each piece without waiting. One task a session that streams puts them together and publishes at
 most every 50 ms; when nobody listens it asks again every two seconds, and whoever came meanwhile gets the block from
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from cowhand.errors import CowhandError
-from cowhand.session.preview import MAX_TEXT, Preview, Previews
+from cowhand.session.preview import MAX_TEXT, Kind, Preview, Previews
 from cowhand.telemetry.metrics import PREVIEWS
 
 INTERVAL_S: Final = 0.05
@@ -32,6 +32,7 @@ class _Stream:
         text: of that block, from `begin` on.
         begin: characters of the block that are no longer kept.
         sent: characters of the block that were published to somebody.
+        kind: of that block.
     """
 
     start: int
@@ -39,12 +40,13 @@ class _Stream:
     text: str = ""
     begin: int = 0
     sent: int = 0
+    kind: Kind = "text"
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def add(self, block: int, text: str) -> None:
+    def add(self, block: int, text: str, kind: Kind) -> None:
         """The next piece; a new block ends the preview of the one before, which the log will bring."""
         if block != self.block:
-            self.block, self.text, self.begin, self.sent = block, "", 0, 0
+            self.block, self.text, self.begin, self.sent, self.kind = block, "", 0, 0, kind
         self.text += text
         cut = min(len(self.text) - KEPT, self.sent - self.begin) if self.sent else 0
         if not self.sent and len(self.text) > KEPT:
@@ -59,7 +61,8 @@ class _Stream:
         at = self.sent - self.begin
         if at < 0 or at >= len(self.text):
             return None
-        return Preview(self.start, self.block, self.sent, self.text[at : at + MAX_TEXT])
+        text = self.text[at : at + MAX_TEXT]
+        return Preview(self.start, self.block, self.sent, text, self.kind)
 
 
 class Previewer:
@@ -74,14 +77,16 @@ class Previewer:
         self._streams: dict[str, _Stream] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def __call__(self, session_id: str, start: int, block: int, text: str) -> None:
-        """A piece of visible text: `Surroundings.preview`."""
+    def __call__(
+        self, session_id: str, start: int, block: int, text: str, kind: Kind = "text"
+    ) -> None:
+        """A piece of text or thinking: `Surroundings.preview`."""
         stream = self._streams.get(session_id)
         if stream is None or stream.start != start:
             self.end(session_id)
             stream = self._streams[session_id] = _Stream(start)
             self._tasks[session_id] = asyncio.create_task(self._publish(session_id, stream))
-        stream.add(block, text)
+        stream.add(block, text, kind)
 
     def end(self, session_id: str) -> None:
         """The response is complete, or given up: the log says how."""

@@ -89,13 +89,15 @@ class Accumulator:
 
     Attributes:
         started: the first content block has begun.
-        block: index of the block that the newest piece of visible text belongs to.
+        block: index of the block that the newest piece of visible text, or of thinking, belongs to.
+        thought: piece of thinking that the newest event brought, mostly empty.
         done: `message_stop` was seen.
     """
 
     def __init__(self) -> None:
         self.started = False
         self.block = 0
+        self.thought = ""
         self.done = False
         self._message: dict[str, str] | None = None
         self._blocks: dict[int, _Block] = {}
@@ -109,6 +111,7 @@ class Accumulator:
             ModelError: an `error` event.
             ValueError, LookupError, TypeError, AttributeError, RecursionError: not an event of the API.
         """
+        self.thought = ""
         event = rawjson.decode(data)
         kind = event.get("type")
         if kind == "content_block_delta":
@@ -152,9 +155,10 @@ class Accumulator:
         if kind in _CONCAT:
             source, target = _CONCAT[kind]
             block.strings.setdefault(target, []).append(delta[source])
-            if kind != "text_delta":
-                return ""
             self.block = index
+            if kind != "text_delta":
+                self.thought = str(delta[source])
+                return ""
             return str(delta[source])
         if kind == "input_json_delta":
             block.input.append(delta["partial_json"])

@@ -1,4 +1,4 @@
-"""Previews: visible text of a response that is still being written, for whoever follows the session right now.
+"""Previews: text and thoughts of a response that is still being written, for whoever follows the session right now.
 
 They go over a channel of the store and nowhere else: never into the log, never into a key. A lost one costs nothing
 but the look of it, for the response itself comes in the log. The harness publishes, the gateway subscribes; a
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from cowhand.session.keys import Keys
 
@@ -24,6 +24,9 @@ MAX_MESSAGE: Final = 8 * MAX_TEXT
 """Bytes of a message; a longer one is not ours."""
 
 
+Kind = Literal["text", "thinking"]
+
+
 @dataclass(frozen=True)
 class Preview:
     """A piece of text.
@@ -33,12 +36,14 @@ class Preview:
         block: index of the text block in the response.
         offset: characters of the block before this piece; 0 begins the block (again).
         text: at most MAX_TEXT characters.
+        kind: `text` of the answer, or `thinking`.
     """
 
     start: int
     block: int
     offset: int
     text: str
+    kind: Kind = "text"
 
 
 class Previews(Protocol):
@@ -60,7 +65,9 @@ class RedisPreviews:
 
     async def publish(self, session_id: str, preview: Preview) -> int:
         """See `Previews`."""
-        body = [preview.start, preview.block, preview.offset, preview.text]
+        body: list[int | str] = [preview.start, preview.block, preview.offset, preview.text]
+        if preview.kind != "text":
+            body.append(preview.kind)
         message = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         channel = self._keys.session(session_id).previews
         return int(await self._store.reads.call("PUBLISH", channel, message))
@@ -81,10 +88,12 @@ def decode(raw: bytes) -> Preview | None:
     if len(raw) > MAX_MESSAGE:
         return None
     try:
-        start, block, offset, text = json.loads(raw)
+        start, block, offset, text, *more = json.loads(raw)
     except (ValueError, TypeError, RecursionError):
         return None
     numbers = all(type(one) is int and 0 <= one < 2**53 for one in (start, block, offset))
     if not numbers or type(text) is not str or len(text) > MAX_TEXT:
         return None
-    return Preview(start, block, offset, text)
+    if more and more != ["thinking"]:
+        return None  # of a newer release
+    return Preview(start, block, offset, text, "thinking" if more else "text")

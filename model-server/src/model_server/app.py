@@ -15,7 +15,7 @@ from model_server.cache import PromptCache
 from model_server.context import cut, edited, fits, summary
 from model_server.control import Control, Recorded
 from model_server.errors import ApiError, invalid
-from model_server.scenarios import BUILT_IN, by_text
+from model_server.scenarios import BUILT_IN, by_text, held
 from model_server.scripts import (
     Conversation,
     Turn,
@@ -147,7 +147,7 @@ class ModelServer:
 
     def _turn(self, body: Json, talk: Conversation) -> Turn:
         if "compaction" in body:
-            return Turn([summary(body, talk)], stop_reason="compaction")
+            return held(Turn([summary(body, talk)], stop_reason="compaction"), talk)
         name = script_name(talk.text)
         if name is None:
             return by_text(talk)(talk)

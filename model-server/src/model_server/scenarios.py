@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from model_server.fix_the_tests import fix_the_tests, wants_fix
@@ -14,6 +15,11 @@ COUNT = (
     "n=$(cat /workspace/counter 2>/dev/null || echo 0); echo $((n+1)) > /workspace/counter;"
     " cat /workspace/counter"
 )
+
+
+def held(turn: Turn, talk: Conversation) -> Turn:
+    """A summary or notes, at the gate of the mark: `hold=NAME` before it begins, `hold_mid=NAME` in mid-stream."""
+    return replace(turn, gate=talk.options.get("hold"), gate_mid=talk.options.get("hold_mid"))
 
 
 def say(text: str) -> Turn:
@@ -65,9 +71,8 @@ def long_session(talk: Conversation) -> Turn:
     facts = dict(FACTS.findall(talk.whole))
     if "Write notes" in talk.last_text:
         known = [] if talk.options.get("notes") == "short" else sorted(facts.items(), key=_number)
-        return say(
-            "\n".join([f"step {done} of {steps} is done", *(_fact(*item) for item in known)])
-        )
+        notes = "\n".join([f"step {done} of {steps} is done", *(_fact(*item) for item in known)])
+        return held(say(notes), talk)
     if done < steps:
         k = done + 1
         command = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ WINDOW, TRIGGER = 9000, 5000
 LONG = f"[[script:long-session steps=12 size=4000 window={WINDOW}]] Take the steps."
 FACTS = "fact 1 is 7919, fact 6 is 7486, fact 12 is 4965"
 CONTEXT = {"window_tokens": WINDOW, "trigger_tokens": TRIGGER, "clear_at_least_tokens": 500}
+
+
+RENEWING = [("compaction", "claude-opus-5-5"), ("reset", "claude-sonnet-4-5")]
 
 
 @pytest.fixture
@@ -71,6 +74,72 @@ async def test_a_session_longer_than_the_window_goes_on_and_knows_how_it_began(
     assert len([body for body in sent if "tools" in body]) == len(sent) > 12
     await here.emit(sid, user("and again?", "m2"))
     assert said(await here.settled(sid, turns=2)).startswith("fact 1 is 7919"), "it goes on"
+
+
+def held_up(hold: str) -> str:
+    return LONG.replace(" window", f" {hold}=summary window")
+
+
+def renewals(events: list[Event]) -> list[Event]:
+    return [e for e in events if e.type in (ev.CONTEXT_COMPACTED, ev.CONTEXT_RESET)]
+
+
+def sides(events: list[Event]) -> list[Mapping[str, Any]]:
+    starts = (event.data for event in events if event.type == ev.MODEL_REQUEST_START)
+    return [data for data in starts if "purpose" in data]
+
+
+async def killed_in_a_summary(here: Stack, profile: str, model: str, hold: str) -> str:
+    """A session whose harness process was killed (SIGKILL) while its first summary was being written."""
+    one = await here.worker()
+    context = {"profile": profile, **CONTEXT}
+    sid = await here.create(held_up(hold), model=model, context=context)
+    await here.at_gate("summary")
+    await here.kill_worker(one)
+    events = await here.events(sid)
+    assert len(sides(events)) == 1
+    assert not renewals(events)
+    return sid
+
+
+@pytest.mark.parametrize(
+    ("profile", "model", "hold"), [(*RENEWING[0], "hold"), (*RENEWING[1], "hold_mid")]
+)
+async def test_killed_while_a_summary_is_written_it_is_asked_for_again(
+    here: Stack, profile: str, model: str, hold: str
+) -> None:
+    sid = await killed_in_a_summary(here, profile, model, hold)
+    before = await here.events(sid)
+    await here.release("summary")
+    await here.worker()
+    events = await here.settled(sid)
+    assert events[: len(before)] == before, "nothing is lost"
+    first, again, *_ = sides(events)
+    assert (again["n"], again["attempt"]) == (first["n"], 2)
+    assert again["prefix_sha"] == first["prefix_sha"], "the same question"
+    lost = [
+        e.data for e in events if e.type == ev.MODEL_REQUEST_END and e.data["outcome"] == "lost"
+    ]
+    assert len(lost) == 1
+    assert renewals(events)
+    assert said(events).startswith(FACTS), "it goes on and knows how it began"
+    used = [e.data["tool_use_id"] for e in events if e.type == ev.TOOL_STARTED]
+    assert len(used) == len(set(used)), "no call is made twice"
+    sent = await replayed(here, sid, events)
+    twice = [json.dumps(body) for body in sent]
+    assert len(twice) - len(set(twice)) == 1, "the lost one, byte for byte"
+
+
+async def test_control_a_worker_that_gives_a_lost_summary_up_is_noticed(
+    here: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sid = await killed_in_a_summary(here, *RENEWING[0], "hold")
+    await here.release("summary")
+    monkeypatch.setattr("cowhand.harness.decide._side_again", lambda conversation: None)
+    await here.local_worker()
+    events = await here.settled(sid)
+    first, *others = sides(events)
+    assert not [data for data in others if data["n"] == first["n"]]
 
 
 async def test_the_api_clears_for_a_model_with_bound_thinking(here: Stack) -> None:

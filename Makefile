@@ -50,7 +50,7 @@ unit: setup ## Tests without a cluster: unit, contract, integration, adversarial
 .PHONY: soak
 soak: setup ## 2000 simulated histories with faults (COWHAND_SEEDS), every broken connection, every killed process, every control
 	@hack/store.sh ensure >/dev/null
-	COWHAND_SEEDS=$${COWHAND_SEEDS:-2000} COWHAND_SOAK_S=$${COWHAND_SOAK_S:-1800} COWHAND_CHAOS=all $(PYTEST) -n 2 --dist loadfile tests/simulation tests/chaos
+	COWHAND_SEEDS=$${COWHAND_SEEDS:-2000} COWHAND_SOAK_S=$${COWHAND_SOAK_S:-1800} COWHAND_CHAOS=all $(PYTEST) -n 2 --dist loadfile tests/simulation tests/chaos tests/integration/session/test_cluster.py
 
 .PHONY: e2e
 e2e: setup ## Tests on the cluster (needs cluster, images, install)

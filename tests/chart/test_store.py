@@ -117,6 +117,7 @@ def test_the_profile_decides_when_the_file_is_on_the_disk(
         ("rediss://db.example:6380/0", [6380]),
         ("rediss://db.example/0", [6379]),
         ("redis+sentinel://a:26380,b/cowhand", [26380, 26379, 7000]),
+        ("rediss+cluster://a:6380,b", [6380, 6379, 7000]),
     ],
 )
 def test_harness_pods_may_reach_an_external_store(

@@ -72,6 +72,13 @@ class DirectPipe:
         self._scripts = scripts
         self.link = SimpleNamespace(generation=1)
 
+    def at(self, key: str) -> DirectPipe:
+        return self
+
+    async def scan(self, cursor: int, pattern: str, count: int) -> tuple[int, list[bytes]]:
+        following, found = await self.call("SCAN", cursor, "MATCH", pattern, "COUNT", count)
+        return int(following), found
+
     async def call(self, *command: Any) -> Any:
         reply = self._store.execute(command)
         if isinstance(reply, Exception):

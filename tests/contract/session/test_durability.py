@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from cowhand.errors import StoreTooWeak, StoreUnavailable
+from cowhand.session import barriers as barriers_module
 from cowhand.session import connect
 from cowhand.session import durability as durability_module
 from cowhand.session import link as link_module
-from cowhand.session import store as store_module
 from cowhand.session.log import Profile, StoreConfig
 from support import sessions as make
 from support.store import Store as Server
@@ -51,7 +51,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 def patience(monkeypatch: pytest.MonkeyPatch, milliseconds: int) -> None:
     """How long barriers wait."""
     for name in ("WAIT_MS", "DISK_WAIT_MS"):
-        monkeypatch.setattr(store_module, name, milliseconds)
+        monkeypatch.setattr(barriers_module, name, milliseconds)
 
 
 def config(server: Server, profile: Profile, **more: object) -> StoreConfig:
@@ -177,7 +177,7 @@ async def test_control_without_the_mark_a_new_connection_confirms_what_no_replic
         await store.writes.link.close()
         assert await store.writes.call("WAIT", 1, 100) == 1
         with pytest.raises(StoreUnavailable, match="ask again"):
-            await store.wait(store.keys())
+            await store.wait(store.keys().base(0))
         replica.thaw()
         assert sid
 
@@ -189,7 +189,7 @@ async def test_profiles_without_a_barrier_wait_for_nobody(start, profile):
         worker = store.worker_log("pod-1")
         await worker.beat()
         await worker.barrier(await make.take(worker, sid))
-        assert await store.reads.call("EXISTS", store.keys().barrier()) == 0
+        assert await store.reads.call("EXISTS", f"{store.keys().base_of(sid)}bar") == 0
 
 
 async def test_strict_alone_waits_for_its_own_disk(start):
@@ -197,7 +197,7 @@ async def test_strict_alone_waits_for_its_own_disk(start):
         config(start(fsync="always"), "strict", replicas=0), namespace="team-a"
     ) as store:
         sid = await make.start(store.session_log())
-        assert await store.reads.call("EXISTS", store.keys().barrier()) == 1
+        assert await store.reads.call("EXISTS", f"{store.keys().base_of(sid)}bar") == 1
         assert (await store.session_log().get_session(sid)).next_seq == 3
 
 

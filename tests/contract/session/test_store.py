@@ -471,7 +471,7 @@ async def test_tls_with_our_ca_and_only_with_it(tmp_path, monkeypatch):
 
 async def test_profile_standard_waits_for_a_replica(server, monkeypatch):
     replica = Server().start()
-    monkeypatch.setattr("cowhand.session.store.WAIT_MS", 200)
+    monkeypatch.setattr("cowhand.session.barriers.WAIT_MS", 200)
     config = StoreConfig(server.url, profile="standard")
     try:
         async with connect(config, namespace="team-a") as store:
@@ -483,7 +483,7 @@ async def test_profile_standard_waits_for_a_replica(server, monkeypatch):
                 with contextlib.suppress(StoreUnavailable):
                     await make.start(store.session_log(), sid=sid)
                     break
-            monkeypatch.setattr("cowhand.session.store.WAIT_MS", 20_000)
+            monkeypatch.setattr("cowhand.session.barriers.WAIT_MS", 20_000)
             worker = store.worker_log("pod-1")
             await worker.beat()
             lease = await make.take(worker, sid)

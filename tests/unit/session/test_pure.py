@@ -60,6 +60,7 @@ def test_a_tenant_rule_names_only_its_own_keys():
     assert re.findall(r"[~&%]\S+", rule) == [
         "~cowhand:team-a:*",
         "%R~cowhand:gen",
+        "%R~cowhand:{p??}:gen",
         "%R~cowhand:{p??}:quota.team-a",
         "&cowhand:team-a:*",
     ]

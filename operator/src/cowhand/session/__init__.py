@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cowhand.session.blobs import Archive
+    from cowhand.session.identity import IdentityKeeper
     from cowhand.session.log import StoreConfig
-    from cowhand.session.store import IdentityKeeper, Store
+    from cowhand.session.store import Store
 
 
 def connect(

@@ -21,6 +21,8 @@ COMMANDS: Final = (
     # connection
     *("auth", "hello", "ping", "quit", "select", "echo", "time", "wait", "waitaof"),
     *("client|setname", "client|id"),
+    # where the slots of a cluster are, and a slot that is on its way
+    *("cluster|slots", "asking"),
     # scripts that the control plane has loaded
     *("evalsha", "script|exists"),
     # strings and keys
@@ -77,7 +79,7 @@ def acl_rule(user: str, password_sha256: str, *, prefix: str = "cowhand") -> str
         commands += CONTROL_COMMANDS
     elif user.startswith("t-") and _NAME.fullmatch(user[2:]):
         tenant = f"{prefix}:{user[2:]}"
-        scope = f"~{tenant}:* %R~{prefix}:gen %R~{prefix}:{{p??}}:quota.{user[2:]} &{tenant}:*"
+        scope = f"~{tenant}:* %R~{prefix}:gen %R~{prefix}:{{p??}}:gen %R~{prefix}:{{p??}}:quota.{user[2:]} &{tenant}:*"
     else:
         known = ", ".join(CONTROL_USERS)
         raise UserError(f"store user {user!r} is none of {known} or t-<namespace>")

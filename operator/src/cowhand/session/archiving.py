@@ -36,12 +36,12 @@ class RedisArchiveLog(ArchiveLog):
     async def hot_logs(self, namespace: str, cursor: int) -> tuple[int, list[HotLog]]:
         """See `log.ArchiveLog.hot_logs`."""
         prefix = self._store.config.prefix
-        following, found = await self._store.reads.call(
-            "SCAN", cursor, "MATCH", f"{prefix}:{namespace}:*:s:*:m", "COUNT", SCAN_COUNT
+        following, found = await self._store.reads.scan(
+            cursor, f"{prefix}:{namespace}:*:s:*:m", SCAN_COUNT
         )
         sids = {key.decode(errors="replace").split(":")[-2] for key in found}
         logs = await asyncio.gather(*(self._hot_log(namespace, sid) for sid in sorted(sids)))
-        return int(following), [log for log in logs if log is not None]
+        return following, [log for log in logs if log is not None]
 
     async def _hot_log(self, namespace: str, session_id: str) -> HotLog | None:
         keys = self._store.keys(namespace).session(session_id)

@@ -10,11 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from cowhand.errors import CowhandError, Denied, StoreTooWeak, StoreUnavailable, Terminal
+from cowhand.errors import (
+    CowhandError,
+    Denied,
+    StoreTooWeak,
+    StoreUnavailable,
+    Terminal,
+    UserError,
+)
+from cowhand.session.cluster import parse
+from cowhand.session.link import Pipe
 from cowhand.session.log import Profile
 from cowhand.telemetry.metrics import STORE_PROFILE
 
@@ -64,6 +73,7 @@ class Server:
         replicas: replicas that are in step with it.
         aof: whether it writes an append-only file.
         fsync: `always`, `everysec`, `no`; empty where we may not ask.
+        cluster: whether it is a node of a Redis Cluster.
     """
 
     name: str
@@ -72,6 +82,7 @@ class Server:
     replicas: int = 0
     aof: bool = False
     fsync: str = ""
+    cluster: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} {'.'.join(map(str, self.version))}"
@@ -117,6 +128,7 @@ def read_server(info: str, fsync: str = "") -> Server:
         replicas=len(replicas),
         aof=fields.get("aof_enabled") == "1",
         fsync=fsync,
+        cluster=(fields.get("redis_mode") or fields.get("server_mode")) == "cluster",
     )
 
 
@@ -167,6 +179,20 @@ def judge(demanded: Profile, replicas: int, server: Server) -> Verdict:
     )
 
 
+def weakest(verdicts: Sequence[Verdict]) -> Verdict:
+    """What a store of several servers comes to: the least of them, with the faults and notes of all."""
+    least = min(verdicts, key=lambda one: RANK[one.effective])
+    if len(verdicts) == 1:
+        return least
+    return replace(
+        least,
+        server=f"{', '.join(sorted({one.server for one in verdicts}))} ({len(verdicts)} primaries)",
+        faults=tuple(dict.fromkeys(fault for one in verdicts for fault in one.faults)),
+        notes=tuple(dict.fromkeys(note for one in verdicts for note in one.notes)),
+        passing=all(one.passing for one in verdicts if one.weaker) and least.weaker,
+    )
+
+
 class Durability:
     """Looks at the store that is there; one for each process of the control plane."""
 
@@ -177,18 +203,25 @@ class Durability:
 
     async def look(self) -> Verdict:
         """Ask the server now. Raises StoreTooWeak (its version), StoreUnavailable (also: it is a replica)."""
-        call, config = self._store.reads.call, self._store.config
-        info = b"".join(
-            [await call("INFO", part) for part in ("server", "replication", "persistence")]
-        )
-        server = read_server(info.decode(errors="replace"), await self._fsync())
-        if not server.primary:
-            raise StoreUnavailable("the store that answers is a replica: is a failover going on?")
-        try:
-            verdict = judge(config.profile, config.replicas, server)
-        except StoreTooWeak as err:
-            self._tell(Verdict(config.profile, "none", str(server), (str(err),)))
-            raise
+        config = self._store.config
+        verdicts = []
+        for pipe in await self._store.reads.pipes():
+            server = await self._ask(pipe)
+            if not server.primary:
+                raise StoreUnavailable(
+                    "the store that answers is a replica: is a failover going on?"
+                )
+            if server.cluster and parse(config.url) is None:
+                raise UserError(
+                    "the store is a Redis Cluster: give its URL as redis+cluster://host:port,host:port",
+                    field="url",
+                )
+            try:
+                verdicts.append(judge(config.profile, config.replicas, server))
+            except StoreTooWeak as err:
+                self._tell(Verdict(config.profile, "none", str(server), (str(err),)))
+                raise
+        verdict = weakest(verdicts)
         self._tell(verdict)
         return verdict
 
@@ -198,12 +231,16 @@ class Durability:
             return None
         return asdict(self.verdict)
 
-    async def _fsync(self) -> str:
+    async def _ask(self, pipe: Pipe) -> Server:
+        parts = [await pipe.call("INFO", part) for part in ("server", "replication", "persistence")]
+        return read_server(b"".join(parts).decode(errors="replace"), await self._fsync(pipe))
+
+    async def _fsync(self, pipe: Pipe) -> str:
         """`appendfsync`; empty where we may not ask: the logins that bootstrap makes have no CONFIG."""
         if not self._may_ask:
             return ""
         try:
-            found = await self._store.reads.call("CONFIG", "GET", "appendfsync")
+            found = await pipe.call("CONFIG", "GET", "appendfsync")
         except (Denied, Terminal):
             self._may_ask = False
             return ""
@@ -231,7 +268,7 @@ class Durability:
         while True:
             try:
                 verdict = await self.look()
-            except StoreTooWeak:
+            except (StoreTooWeak, UserError):
                 raise
             except CowhandError as err:
                 # Away, or not ours: whoever uses it says so, in the way that fits.

@@ -59,17 +59,20 @@ class ScriptKeeper:
             self._note_at = now
         known = await self._store.reads.call("HKEYS", self._sources)
         wanted = sorted({*self._own, *(sha.decode() for sha in known)})
-        there = await self._store.reads.call("SCRIPT", "EXISTS", *wanted)
-        missing = [sha for sha, exists in zip(wanted, there, strict=True) if not exists]
-        for sha in missing:
-            source = self._own.get(sha)
-            if source is None:
-                source = await self._store.reads.call("HGET", self._sources, sha)
-            if source is not None:
-                await self._store.reads.call("SCRIPT", "LOAD", source)
-        if missing:
-            LOG.info("scripts loaded into the store", extra={"count": len(missing)})
-        return len(missing)
+        loaded = 0
+        for server in await self._store.reads.pipes():
+            there = await server.call("SCRIPT", "EXISTS", *wanted)
+            missing = [sha for sha, exists in zip(wanted, there, strict=True) if not exists]
+            for sha in missing:
+                source = self._own.get(sha)
+                if source is None:
+                    source = await self._store.reads.call("HGET", self._sources, sha)
+                if source is not None:
+                    await server.call("SCRIPT", "LOAD", source)
+            loaded += len(missing)
+        if loaded:
+            LOG.info("scripts loaded into the store", extra={"count": loaded})
+        return loaded
 
     async def _note(self) -> None:
         """Put our scripts down for the control plane of another release, and drop those of long ago."""

@@ -38,6 +38,11 @@ def crc(name: str) -> int:
     return binascii.crc_hqx(name.encode(), 0)
 
 
+def identity_key(prefix: str, partition: int | None = None) -> str:
+    """Key of the store's identity; on a cluster each partition has a copy, because each may be lost alone."""
+    return f"{prefix}:gen" if partition is None else f"{prefix}:{{p{partition:02d}}}:gen"
+
+
 @dataclass(frozen=True)
 class Keys:
     """Key names of one tenant.
@@ -71,10 +76,6 @@ class Keys:
     def session(self, session_id: str) -> SessionKeys:
         """Keys of one session and of its partition."""
         return SessionKeys(self.base_of(session_id), session_id)
-
-    def barrier(self) -> str:
-        """The mark that a barrier writes before it waits."""
-        return f"{self.base(0)}bar"
 
     def sandbox(self, uid: str) -> str:
         """Newest hand record of a sandbox."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import math
 import time
 from collections import deque
@@ -51,6 +52,16 @@ NOT_LOADED: Final = (
 BATCH_COMMANDS: Final = 128
 BATCH_BYTES: Final = 1024 * 1024
 
+_PASSING_ERRORS: Final = (
+    redis_errors.ClusterDownError,
+    redis_errors.MasterDownError,
+    redis_errors.TryAgainError,
+)
+"""The client library takes the first word of these away."""
+
+_NOT_LOCAL: Final = "access a non local key"
+"""A script met a key that has moved already, before it wrote anything (see `cluster`)."""
+
 _PASSING: Final = (
     "LOADING",
     "READONLY",
@@ -58,7 +69,6 @@ _PASSING: Final = (
     "TRYAGAIN",
     "CLUSTERDOWN",
     "BUSY ",
-    "MOVED",
     "UNBLOCKED",
 )
 _NO_PERMISSION: Final = ("NOPERM", "ACL failure", "The user executing the script can't")
@@ -80,6 +90,38 @@ def connection_factory(config: StoreConfig) -> Connect:
     if sentinels is not None:
         host, port = sentinels.hosts[0]
         url = f"{'rediss' if sentinels.tls else 'redis'}://{host}:{port}"
+    make, login = dialer(config, url)
+
+    async def plain() -> AbstractConnection:
+        connection = make(login)
+        await connection.connect()  # type: ignore[no-untyped-call]
+        return connection
+
+    if sentinels is None:
+        return plain
+    watchers = sentinel.Sentinels(sentinels, make)
+
+    async def elected() -> AbstractConnection:
+        host, port = await watchers.primary()
+        connection = make(login | {"host": host, "port": port})
+        try:
+            await connection.connect()  # type: ignore[no-untyped-call]
+            await sentinel.demand_primary(connection)
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        return connection
+
+    return elected
+
+
+def dialer(config: StoreConfig, url: str) -> tuple[sentinel.Open, dict[str, Any]]:
+    """What makes unconnected connections from further options, and the options of our login.
+
+    Args:
+        config: CA and login.
+        url: of one server; UserError if it is not usable.
+    """
     try:
         options: dict[str, Any] = dict(parse_url(url))
     except ValueError as err:
@@ -101,27 +143,11 @@ def connection_factory(config: StoreConfig) -> Connect:
     if config.password:
         login["password"] = config.password
 
-    async def plain() -> AbstractConnection:
-        connection: AbstractConnection = kind(**options | login)
-        await connection.connect()  # type: ignore[no-untyped-call]
+    def make(more: dict[str, Any]) -> AbstractConnection:
+        connection: AbstractConnection = kind(**options | more)
         return connection
 
-    if sentinels is None:
-        return plain
-    watchers = sentinel.Sentinels(sentinels, lambda more: kind(**options | more))
-
-    async def elected() -> AbstractConnection:
-        host, port = await watchers.primary()
-        connection: AbstractConnection = kind(**options | login | {"host": host, "port": port})
-        try:
-            await connection.connect()  # type: ignore[no-untyped-call]
-            await sentinel.demand_primary(connection)
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
-        return connection
-
-    return elected
+    return make, login
 
 
 def translate(err: BaseException) -> Exception:
@@ -132,13 +158,25 @@ def translate(err: BaseException) -> Exception:
         return Denied(f"the store's ACL refuses this: {err}")
     if isinstance(err, redis_errors.AuthenticationError | redis_errors.AuthorizationError):
         return Denied(f"the store refuses our user or password: {err}")
+    if isinstance(err, redis_errors.MovedError | redis_errors.ClusterCrossSlotError):
+        return UserError(
+            "the store is a Redis Cluster: give its URL as redis+cluster://host:port,host:port (an empty"
+            " one; what a single server holds is not carried over)",
+            field="url",
+        )
     if isinstance(err, redis_errors.ResponseError):
-        if _starts(err, (*_PASSING, *_REFUSING)):
+        if is_passing(err) or _starts(err, _REFUSING):
             return StoreUnavailable(f"the store refuses writes for now: {err}", after=1.0)
         if any(text in str(err) for text in _NO_PERMISSION):
             return Denied(f"the store's ACL refuses this: {err}")
         return Terminal(f"the store refuses the command: {err}", reason="StoreRefused")
     return StoreUnavailable(f"the store does not answer: {err or type(err).__name__}", after=1.0)
+
+
+def is_passing(err: Exception) -> bool:
+    """Whether an error reply says that the server cannot for now."""
+    known = isinstance(err, _PASSING_ERRORS) or _NOT_LOCAL in str(err)
+    return known or _starts(err, _PASSING)
 
 
 def _starts(err: Exception, words: tuple[str, ...]) -> bool:
@@ -168,11 +206,15 @@ def _observe(script: str) -> Callable[[float], None]:
     return STORE_SCRIPT_SECONDS.labels(script).observe
 
 
+_GENERATIONS: Final = itertools.count(1)
+
+
 class Link:
     """One connection, opened when it is first used, and again after an error.
 
     Attributes:
-        generation: how often it was opened; a WAIT says something only about its own connection.
+        generation: another number for each connection of this process that was opened; a WAIT says something only
+            about its own connection.
     """
 
     def __init__(self, connect: Connect, greet: Callable[[Link], Awaitable[None]]) -> None:
@@ -186,13 +228,18 @@ class Link:
         """Where it leads, for people."""
         return "closed" if self._connection is None else str(self._connection)
 
+    @property
+    def connection(self) -> AbstractConnection | None:
+        """The connection as it is now, None while there is none."""
+        return self._connection
+
     async def open(self) -> AbstractConnection:
         """The connection, connected and greeted."""
         if self._connection is not None and self._connection.is_connected:
             return self._connection
         connection = await self._connect()
         self._connection = connection
-        self.generation += 1
+        self.generation = next(_GENERATIONS)
         try:
             await self._greet(self)
         except BaseException:
@@ -255,6 +302,23 @@ class Pipe:
     def link(self) -> Link:
         """The link underneath."""
         return self._link
+
+    def at(self, key: str | bytes) -> Pipe:
+        """The pipe that commands about a key go over."""
+        return self
+
+    async def pipes(self) -> list[Pipe]:
+        """A pipe for each server that holds a part of the store."""
+        return [self]
+
+    async def everywhere(self, *command: str | bytes | int) -> list[Any]:
+        """Run one command on each of them; answers the replies."""
+        return [await self.call(*command)]
+
+    async def scan(self, cursor: int, pattern: str, count: int) -> tuple[int, list[bytes]]:
+        """One step of a scan over all of them: the next cursor (0: done) and the keys that match."""
+        following, found = await self.call("SCAN", cursor, "MATCH", pattern, "COUNT", count)
+        return int(following), found
 
     async def call(self, *command: str | bytes | int) -> Any:
         """Run one command; answers the raw reply.
@@ -341,21 +405,48 @@ class Pipe:
         unknown: list[_Item] = []
         passing: list[_Item] = []
         reason: Exception | None = None
+        generation = self._link.generation
         for item, reply in zip(batch, replies, strict=True):
-            if isinstance(reply, redis_errors.NoScriptError):
+            if isinstance(reply, redis_errors.AskError):
+                found = await self._elsewhere(item, reply)
+                if found is None:
+                    passing.append(item)
+                    reason = redis_errors.TryAgainError("the slot is on its way to another node")
+                    continue
+                reply, generation_of = found
+            else:
+                generation_of = generation
+            if isinstance(reply, redis_errors.MovedError) and self._redirected():
+                passing.append(item)
+                reason = redis_errors.TryAgainError("the slot has moved to another node")
+            elif isinstance(reply, redis_errors.NoScriptError):
                 unknown.append(item)
-            elif isinstance(reply, Exception) and _starts(reply, _PASSING):
+            elif isinstance(reply, Exception) and is_passing(reply):
                 passing.append(item)
                 reason = reply
             elif isinstance(reply, Exception):
                 self._fail([item], translate(reply))
             elif not item.future.done():
-                item.future.set_result((reply, self._link.generation))
+                item.future.set_result((reply, generation_of))
         loaded = await self._load(unknown) if unknown else True
         if reason is not None:
             await self._link.close()
             self._again(passing, reason)
         return reason is None and loaded
+
+    def _redirected(self) -> bool:
+        """A server says that another one has the key; answers whether that can be followed (see `cluster`)."""
+        return False
+
+    async def _asked(self, command: Command, err: redis_errors.AskError) -> tuple[Any, int] | None:
+        """The answer, and its connection's generation, of the server that is getting a key; None: later."""
+        return None
+
+    async def _elsewhere(self, item: _Item, err: redis_errors.AskError) -> tuple[Any, int] | None:
+        try:
+            return await self._asked(item.command, err)
+        except (OSError, TimeoutError, redis_errors.RedisError, CowhandError):
+            return None
 
     async def _load(self, items: list[_Item]) -> bool:
         """Load all scripts, so that `items` can be sent again; answers False if that is not our right.

@@ -579,7 +579,7 @@ class StoreConfig:
 
     Attributes:
         url: `redis://` or `rediss://host:port/db`; `redis+sentinel://host:port,host:port/name` (also `rediss+...`)
-            asks Sentinels for the primary.
+            asks Sentinels for the primary; `redis+cluster://host:port,host:port` (also `rediss+...`) is a cluster.
         username: ACL user, empty for none.
         password: its password.
         ca_file: PEM file with the CA of the store's certificate, empty for the system's.

@@ -31,32 +31,30 @@ class Quotas:
 
     async def usage(self, namespaces: Sequence[str]) -> StoreUsage:
         """See `log.ControlLog.store_usage`."""
-        memory = await self.memory()
+        memories = await self.memory()
         return StoreUsage(
-            max_bytes=int(memory.get("maxmemory", "0")),
-            used_bytes=int(memory.get("used_memory", "0")),
+            max_bytes=sum(int(memory.get("maxmemory", "0")) for memory in memories),
+            used_bytes=sum(int(memory.get("used_memory", "0")) for memory in memories),
             tenants=await self._measure(namespaces),
         )
 
-    async def memory(self) -> Mapping[str, str]:
-        """The fields of INFO memory; empty where the server does not tell."""
-        raw: bytes = await self._store.reads.call("INFO", "memory")
-        lines = raw.decode(errors="replace").splitlines()
-        return dict(line.split(":", 1) for line in lines if ":" in line and line[0] != "#")
+    async def memory(self) -> list[Mapping[str, str]]:
+        """The fields of INFO memory of each server; empty where it does not tell."""
+        return [_fields(raw) for raw in await self._store.reads.everywhere("INFO", "memory")]
 
     async def _measure(self, namespaces: Sequence[str]) -> dict[str, int]:
         """Bytes of all keys of each tenant, in one pass over the keys."""
         call, prefix = self._store.reads.call, self._store.config.prefix
         total = dict.fromkeys(namespaces, 0)
-        cursor = b"0"
+        cursor = 0
         while True:
-            cursor, keys = await call("SCAN", cursor, "MATCH", f"{prefix}:*", "COUNT", SCAN_COUNT)
+            cursor, keys = await self._store.reads.scan(cursor, f"{prefix}:*", SCAN_COUNT)
             sizes = await asyncio.gather(*(call("MEMORY", "USAGE", key) for key in keys))
             for key, size in zip(keys, sizes, strict=True):
                 namespace = key.split(b":", 2)[1].decode(errors="replace")
                 if namespace in total:
                     total[namespace] += int(size or 0)
-            if cursor == b"0":
+            if not cursor:
                 return total
 
     async def put(self, namespace: str, used: int, limit: int | None) -> None:
@@ -77,6 +75,11 @@ class Quotas:
         except (AttributeError, ValueError):
             return None
         return used, limit
+
+
+def _fields(raw: bytes) -> Mapping[str, str]:
+    lines = raw.decode(errors="replace").splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line and line[0] != "#")
 
 
 def share(quota: int | None, usage: StoreUsage, tenants: int) -> int | None:

@@ -58,7 +58,7 @@ def parse(url: str) -> SentinelAddress | None:
     place, _, name = rest.partition("/")
     login, _, places = place.rpartition("@")
     username, _, password = login.partition(":")
-    hosts = tuple(_host(url, part) for part in places.split(",") if part)
+    hosts = hosts_of(places, SENTINEL_PORT)
     if not hosts or not name or "/" in name:
         raise UserError(
             f"store URL of {len(hosts)} Sentinels and primary {name!r}: it must be"
@@ -70,7 +70,12 @@ def parse(url: str) -> SentinelAddress | None:
     )
 
 
-def _host(url: str, part: str) -> tuple[str, int]:
+def hosts_of(places: str, port: int) -> tuple[tuple[str, int], ...]:
+    """Hosts and ports of `host[:port],host[:port]`; `port` where none is named. Raises UserError."""
+    return tuple(_host(part, port) for part in places.split(",") if part)
+
+
+def _host(part: str, default: int) -> tuple[str, int]:
     try:
         found = urlsplit(f"//{part}")
         host, port = found.hostname, found.port
@@ -78,7 +83,7 @@ def _host(url: str, part: str) -> tuple[str, int]:
         raise UserError(f"store URL: {part!r} is no host:port: {err}", field="url") from err
     if not host:
         raise UserError(f"store URL: {part!r} is no host:port", field="url")
-    return host, port or SENTINEL_PORT
+    return host, port or default
 
 
 class Sentinels:

@@ -5,6 +5,7 @@ Used by the gateway, the operator and the harness.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -89,7 +90,12 @@ class RedisSessionLog:
     async def create_session(self, meta: SessionMeta, events: Sequence[NewEvent]) -> Created:
         """See `log.SessionLog.create_session`."""
         self._check(meta, events)
-        return await self._durably(lambda: self._create(meta, events))
+        return await self._durably(self._bases(meta), lambda: self._create(meta, events))
+
+    def _bases(self, meta: SessionMeta) -> list[str]:
+        """Bases of the partitions that making a session writes to."""
+        names = [meta.session_id, meta.tombstone] if meta.tombstone else [meta.session_id]
+        return [self._keys.base_of(name) for name in names]
 
     async def _create(self, meta: SessionMeta, events: Sequence[NewEvent]) -> Created:
         stored = await self._pack(meta.session_id, events)
@@ -169,29 +175,28 @@ class RedisSessionLog:
         seconds, micros = await self._store.reads.call("TIME")
         now_ms = int(seconds) * 1000 + int(micros) // 1000
         importer = Importer(self._store, self._keys)
-        generation = await self._generation()
+        bases = self._bases(meta)
+        generations = await self._generations(bases)
         made = await fork(importer, meta, created, source, extra, self.get_events, now_ms)
         if meta.tombstone:
             key = self._keys.tombstone(meta.tombstone)
             await self._store.writes.call("SET", key, meta.session_id)
-        await self._confirm(generation)
+        await self._confirm(bases, generations)
         return Created(meta.session_id, existed=not made)
 
     async def session_ids(self) -> AsyncIterator[str]:
         """See `log.SessionLog.session_ids`."""
         pattern = f"{self._keys.prefix}:{self._keys.namespace}:*:s:*:m"
         seen: set[str] = set()
-        cursor = b"0"
+        cursor = 0
         while True:
-            cursor, found = await self._store.reads.call(
-                "SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT
-            )
+            cursor, found = await self._store.reads.scan(cursor, pattern, SCAN_COUNT)
             for key in found:
                 session_id = key.decode(errors="replace").split(":")[-2]
                 if session_id not in seen and _SESSION_ID.fullmatch(session_id):
                     seen.add(session_id)
                     yield session_id
-            if cursor == b"0":
+            if not cursor:
                 await self._store.verify()
                 return
 
@@ -217,10 +222,11 @@ class RedisSessionLog:
             return await self.get_events(session_id, first, last)
 
         importer = Importer(self._store, self._keys)
-        generation = await self._generation()
+        bases = self._bases(header.meta)
+        generations = await self._generations(bases)
         done = await restore(importer, header, events, there, read, dry_run=dry_run)
         if not dry_run:
-            await self._confirm(generation)
+            await self._confirm(bases, generations)
         return done
 
     async def emit_event(self, session_id: str, event: NewEvent) -> int:
@@ -234,6 +240,7 @@ class RedisSessionLog:
             raise SessionNotFound(f"there is no session {session_id}")
         (payload,) = await self._pack(session_id, [event])
         reply = await self._durably(
+            [self._keys.base_of(session_id)],
             lambda: self._store.script(
                 "ingest",
                 self._keys.session(session_id),
@@ -242,35 +249,39 @@ class RedisSessionLog:
                 payload,
                 self._store.payloads.inline_limit,
                 int(event.type not in QUIET),
-            )
+            ),
         )
         return int(reply[1])
 
     async def _pack(self, session_id: str, events: Sequence[NewEvent]) -> list[bytes]:
         return await self._store.payloads.pack(self._keys.namespace, session_id, events)
 
-    async def _durably(self, write: Callable[[], Awaitable[T]]) -> T:
+    async def _durably(self, bases: Sequence[str], write: Callable[[], Awaitable[T]]) -> T:
         """Write, and wait until it is as durable as the profile promises.
 
-        Between the two the connection may have changed, and with it the server, which may have lost what was
+        Between the two a connection may have changed, and with it the server, which may have lost what was
         written: so it is written again, which changes nothing where it is. Answers what the first one said.
         """
-        generation = self._store.writes.link.generation
+        generations = [self._store.writes.at(base).link.generation for base in bases]
         first = await write()
         if not self._store.has_barrier:
             return first
-        while (now := await self._store.wait(self._keys)) != generation:
-            generation = now
+        while (now := await self._wait(bases)) != generations:
+            generations = now
             await write()
         return first
 
-    async def _generation(self) -> int:
-        """Generation of the connection for writes now."""
-        return (await self._store.writes.call_on("PING"))[1]
+    async def _wait(self, bases: Sequence[str]) -> list[int]:
+        return list(await asyncio.gather(*(self._store.wait(base) for base in bases)))
 
-    async def _confirm(self, generation: int) -> None:
-        """As `_durably` for what was written since `generation` and cannot be written again here."""
-        if self._store.has_barrier and await self._store.wait(self._keys) != generation:
+    async def _generations(self, bases: Sequence[str]) -> list[int]:
+        """Generations of the connections for writes now."""
+        writes = self._store.writes
+        return [(await writes.at(base).call_on("PING"))[1] for base in bases]
+
+    async def _confirm(self, bases: Sequence[str], generations: list[int]) -> None:
+        """As `_durably` for what was written since then and cannot be written again here."""
+        if self._store.has_barrier and await self._wait(bases) != generations:
             raise StoreUnavailable(
                 "the connection to the store has changed meanwhile: it may be written or not, repeat it",
                 after=0.5,

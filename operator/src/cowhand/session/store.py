@@ -1,76 +1,46 @@
 """A process's access to the store: its connections, the store's identity, and the three roles.
 
 `connect` makes it; nothing is opened before the first call. Connections: one for scripts (so that WAIT speaks
-of our own appends), one for reads, one for nudges, and one for each blocking reader.
+of our own appends), one for reads, one for nudges, and one for each blocking reader; on a cluster one for scripts, one
+for reads and one for each blocking reader of each partition that is used (see `cluster`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol
-
-from redis import exceptions as redis_errors
+from typing import Any
 
 from cowhand.errors import (
     Fenced,
     QuotaExceeded,
     SessionClosed,
     SessionNotFound,
-    StoreMismatch,
     StoreUnavailable,
     Suspended,
-    Terminal,
     UserError,
 )
+from cowhand.session import cluster
 from cowhand.session import scripts as lua
 from cowhand.session.archiving import RedisArchiveLog
+from cowhand.session.barriers import Barriers
 from cowhand.session.blobs import Archive, Payloads, too_big
+from cowhand.session.cluster import MOVES, SlotPipes
 from cowhand.session.cold import ColdLog
 from cowhand.session.control import RedisControlLog
-from cowhand.session.durability import Durability, barrier, confirmed
+from cowhand.session.durability import Durability, barrier
 from cowhand.session.gate import RateGate, RedisRateGate
 from cowhand.session.hub import Hub
+from cowhand.session.identity import Identity, IdentityKeeper
 from cowhand.session.keeper import ScriptKeeper
-from cowhand.session.keys import Keys, SessionKeys
+from cowhand.session.keys import Keys, SessionKeys, identity_key
 from cowhand.session.link import Link, Pipe, connection_factory, translate
 from cowhand.session.log import ArchiveLog, ControlLog, SessionLog, StoreConfig, WorkerLog
 from cowhand.session.preview import Previews, RedisPreviews
 from cowhand.session.sessions import RedisSessionLog
 from cowhand.session.slots import ModelSlots, RedisModelSlots
 from cowhand.session.worker import RedisWorkerLog
-from cowhand.telemetry.metrics import STORE_BARRIER_SECONDS
-
-LOG = logging.getLogger(__name__)
-
-WAIT_MS = 1000
-"""How long a barrier waits for replicas before it is asked again."""
-
-DISK_WAIT_MS = 3000
-"""The same where it waits for disks: with `appendfsync everysec` they take up to two seconds."""
-
-WEAK_WAIT_MS: Final = 20
-"""The same while `allow_weaker` lets barriers pass that nobody confirms."""
-
-MARK_MS: Final = 60_000
-"""Life of the key that a barrier writes."""
-
-
-class IdentityKeeper(Protocol):
-    """Remembers a store's identity across restarts of the process, outside the store."""
-
-    @property
-    def where(self) -> str:
-        """Where it is kept, for people."""
-
-    async def recall(self) -> str | None:
-        """What was kept; None if nothing was: the store that is there is accepted."""
-
-    async def keep(self, identity: str) -> None:
-        """Keep it for good."""
 
 
 class Store:
@@ -92,18 +62,20 @@ class Store:
         self.payloads = Payloads(archive)
         self.cold = ColdLog(archive)
         self._namespace = namespace
-        self._make = connection_factory(config)
-        self._identity: bytes | None = None
-        self._keeper = keeper
         self._scripts = lua.load() if scripts is None else scripts
-        self.writes = Pipe(self.link(), self._scripts)
-        self.reads = Pipe(self.link(), self._scripts)
+        address = cluster.parse(config.url)
+        self._topology = None
+        if address is None:
+            self._make = connection_factory(config)
+        else:
+            self._topology = cluster.topology(config, address)
+        self._identity = Identity(config, keeper, self._topology, self._get)
+        self.writes = self._pipes(follow=not self.has_barrier)
+        self.reads = self._pipes(follow=True)
         self.hub = Hub(self.link())
         self._tasks: list[asyncio.Task[None]] = []
         self.durability = Durability(self)
-        self._weak = False
-        self._barrier_turn = asyncio.Lock()
-        self._barrier_next: asyncio.Task[tuple[int, bool]] | None = None
+        self._barriers = Barriers(config, self.writes)
 
     async def __aenter__(self) -> Store:
         return self
@@ -183,60 +155,37 @@ class Store:
             raise UserError(f"{chosen!r} is not a namespace", field="namespace")
         return Keys(self.config.prefix, chosen, self.config.partitions)
 
-    def link(self) -> Link:
-        """A connection of one's own, for a blocking reader; close it after use."""
-        return Link(self._make, self._greet)
+    def _pipes(self, *, follow: bool) -> Pipe | SlotPipes:
+        if self._topology is None:
+            return Pipe(self.link(), self._scripts)
+        home = identity_key(self.config.prefix)
+        greeting = self._identity.greeting
+        return SlotPipes(self._topology, self._scripts, greeting, home, follow=follow)
 
-    async def _greet(self, link: Link) -> None:
-        """Compare the identity of the store with the one it must have, on each new connection."""
-        (found,) = await link.run([("GET", f"{self.config.prefix}:gen")])
-        if isinstance(found, Exception):
-            raise translate(found) from found
-        if self._identity is not None and found == self._identity:
-            return
-        expected, remedy = await self._expected()
-        if expected is None:
-            self._identity = await self._accept(link, found)
-        elif found == expected:
-            self._identity = found
-        else:
-            what = "is empty" if found is None else "is another one"
-            raise StoreMismatch(
-                f"the store {what}: the data of the one that was used before is lost or replaced. "
-                f"Restore its volume, or, to go on with what is there now, {remedy}"
-            )
+    def link(self, key: str = "") -> Link:
+        """A connection of one's own, for a blocking reader of a key or for nudges; close it after use."""
+        if self._topology is None:
+            return Link(self._make, self._identity.greet)
+        slot = cluster.slot_of(key or identity_key(self.config.prefix))
+        return Link(self._topology.connect_to(slot), self._identity.greeting(slot))
 
-    async def _expected(self) -> tuple[bytes | None, str]:
-        """The identity that the store must have, None for any; and how a person accepts another one."""
-        if self._keeper is None:
-            return self._identity, "restart the process"
-        kept = await self._keeper.recall()
-        return None if kept is None else kept.encode(), f"delete {self._keeper.where}"
+    def readers(self, names: Sequence[str]) -> list[list[str]]:
+        """Keys that one command may name together: each group needs one blocking reader."""
+        return [list(names)] if self._topology is None else [[name] for name in names]
 
-    async def _accept(self, link: Link, found: bytes | None) -> bytes:
-        """The identity of a store that is new to us; a new store gets one."""
-        key = f"{self.config.prefix}:gen"
-        if found is None:
-            (made,) = await link.run([("SET", key, secrets.token_hex(16), "NX")])
-            if isinstance(made, redis_errors.NoPermissionError):
-                raise StoreUnavailable(
-                    "the store has no identity yet: operator, broker or gateway makes it", after=1.0
-                )
-            if isinstance(made, Exception):
-                raise translate(made) from made
-            (found,) = await link.run([("GET", key)])
-            if isinstance(found, Exception):
-                raise translate(found) from found
-        assert isinstance(found, bytes), "GET after SET NX"
-        if self._keeper is not None:
-            await self._keeper.keep(found.decode())
-        return found
+    async def _get(self, key: str) -> Any:
+        return await self.reads.call("GET", key)
 
-    async def verify(self) -> None:
-        """Raise StoreMismatch if the data was lost behind an open connection."""
-        key = f"{self.config.prefix}:gen"
-        if await self.reads.call("GET", key) != self._identity:
-            raise StoreMismatch("the store has lost its data: restore it, or restart the process")
+    async def verify(self, base: str = "") -> None:
+        """Raise StoreMismatch if the data was lost behind an open connection; `base`: of the partition concerned."""
+        await self._identity.verify(base)
+
+    def translate(self, err: BaseException) -> Exception:
+        """As `link.translate`; on a cluster a slot that has moved is asked for again."""
+        if self._topology is not None and isinstance(err, MOVES):
+            self._topology.forget()
+            return StoreUnavailable("the slot is on another node now", after=0.1)
+        return translate(err)
 
     async def script(
         self, name: str, keys: SessionKeys, *args: str | bytes | int, more: Sequence[str] = ()
@@ -264,7 +213,7 @@ class Store:
     async def _raise(self, keys: SessionKeys, reply: list[Any]) -> None:
         code, session_id = reply[0], keys.session_id
         if code == "NOSESSION":
-            await self.verify()
+            await self.verify(keys.base)
             raise SessionNotFound(f"there is no session {session_id}")
         if code == "CLOSED":
             raise SessionClosed(f"session {session_id} has ended; nothing can be appended")
@@ -277,69 +226,6 @@ class Store:
         if code == "TOOBIG":
             raise UserError(too_big(f"event {reply[1]}", reply[2], self.payloads.inline_limit))
 
-    async def wait(self, keys: Keys) -> int:
-        """Barrier: wait until all that we wrote on this connection is as durable as the profile promises.
-
-        Answers the generation of the connection that it speaks of.
-
-        A WAIT speaks of what its own connection has written, and one that has written nothing passes at once: a
-        repeated append that had run on an older connection writes nothing. So a mark is written first, behind
-        everything that was answered on this connection.
-
-        Args:
-            keys: of the tenant, whose login may write the mark.
-
-        Raises:
-            StoreUnavailable: not confirmed in time; what was written is not lost, ask again.
-        """
-        began, outcome = time.monotonic(), "unavailable"
-        try:
-            generation, done = await self._shared_barrier(keys)
-            if not done and not self.config.allow_weaker:
-                raise StoreUnavailable(
-                    f"the append is not confirmed as profile {self.config.profile} demands"
-                    f" ({self.config.replicas} replicas): it may be lost or not, ask again",
-                    after=0.5,
-                )
-            if self._weak == done:
-                self._weak = not done
-                LOG.warning("barriers are %s", "confirmed again" if done else "not confirmed now")
-            outcome = "ok" if done else "weaker"
-        finally:
-            STORE_BARRIER_SECONDS.labels(outcome).observe(time.monotonic() - began)
-        return generation
-
-    async def _shared_barrier(self, keys: Keys) -> tuple[int, bool]:
-        """One barrier for all who ask before its mark is written: a second mark would wait for the replicas again."""
-        if self._barrier_next is None or self._barrier_next.done():
-            task = asyncio.get_running_loop().create_task(self._take_turn(keys))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self._barrier_next = task
-        return await asyncio.shield(self._barrier_next)
-
-    async def _take_turn(self, keys: Keys) -> tuple[int, bool]:
-        async with self._barrier_turn:
-            self._barrier_next = None  # Whoever asks from now on may have written behind this mark.
-            return await self._barrier(keys)
-
-    async def _barrier(self, keys: Keys) -> tuple[int, bool]:
-        """The generation of the connection, and whether enough have confirmed."""
-        profile, replicas = self.config.profile, self.config.replicas
-        patience = DISK_WAIT_MS if profile == "strict" else WAIT_MS
-        command = barrier(profile, replicas, WEAK_WAIT_MS if self._weak else patience)
-        assert command is not None, "no barrier in this profile"
-        mark = ("SET", keys.barrier(), "1", "PX", MARK_MS)
-        # Both are queued before either is sent, so they go over one connection in this order, or the
-        # generations tell.
-        found = await asyncio.gather(
-            self.writes.call_on(*mark), self.writes.call_on(*command), return_exceptions=True
-        )
-        for one in found:
-            if isinstance(one, Terminal):
-                # WAITAOF of a server that writes no file, for instance: nothing is promised, nothing is lost.
-                LOG.warning("the store refuses the barrier: %s", one)
-                return self.writes.link.generation, False
-            if isinstance(one, BaseException):
-                raise one
-        (_, marked), (reply, generation) = (one for one in found if isinstance(one, tuple))
-        return generation, marked == generation and confirmed(profile, replicas, reply)
+    async def wait(self, base: str) -> int:
+        """Barrier of a partition: see `barriers.Barriers.wait`."""
+        return await self._barriers.wait(base)

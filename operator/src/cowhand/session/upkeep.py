@@ -125,14 +125,12 @@ class Upkeep:
         """Put sessions that have work, no holder and no ready entry back on the ready streams."""
         healed = 0
         pattern = f"{self._keys.prefix}:{self._keys.namespace}:*:s:*:m"
-        cursor = b"0"
+        cursor = 0
         while True:
-            cursor, found = await self._store.reads.call(
-                "SCAN", cursor, "MATCH", pattern, "COUNT", 1000
-            )
+            cursor, found = await self._store.reads.scan(cursor, pattern, 1000)
             sids = [key.decode().split(":")[-2] for key in found]
             healed += sum(await asyncio.gather(*(self._one("audit", sid, GROUP) for sid in sids)))
-            if cursor == b"0":
+            if not cursor:
                 return healed
 
 

@@ -11,9 +11,9 @@ import contextlib
 import hashlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from redis import exceptions as redis_errors
 
@@ -30,7 +30,7 @@ from cowhand.errors import (
 from cowhand.session import codec
 from cowhand.session.events import EXTERNAL, SESSION_WAKE, NewEvent
 from cowhand.session.keys import GROUP, Keys
-from cowhand.session.link import Command, Link, translate
+from cowhand.session.link import Command, Link
 from cowhand.session.log import HandRecord, Held, Lease, Parked, State
 from cowhand.session.upkeep import Upkeep
 from cowhand.telemetry.metrics import CLAIMS
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from cowhand.session.store import Store
 
 LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BEAT_TTL_MS = 10_000
 """A worker that has not beaten for so long is dead."""
@@ -79,7 +81,7 @@ class RedisWorkerLog:
         self._appenders: dict[str, _Appender] = {}
         self._nominated: dict[str, set[bytes]] = {}
         self._unsure_claims: dict[str, str] = {}
-        self._beat_generation = 0
+        self._beat_generations: list[int] = []
 
     @property
     def worker_id(self) -> str:
@@ -99,10 +101,10 @@ class RedisWorkerLog:
             )
         )
         dirty = {sid.decode() for group, _ in replies for sid in group}
-        generation = max(number for _, number in replies)
-        if generation != self._beat_generation:
+        generations = [number for _, number in replies]
+        if generations != self._beat_generations:
             # An answer may have been lost with its connection, and what it took from the dirty sets with it.
-            self._beat_generation = generation
+            self._beat_generations = generations
             dirty |= {appender.lease.session_id for appender in self._appenders.values()}
         return dirty
 
@@ -132,15 +134,20 @@ class RedisWorkerLog:
 
     async def work(self) -> AsyncIterator[str]:
         """See `log.WorkerLog.work`."""
-        link = self._store.link()
+        groups = self._store.readers([base + "rdy" for base in self._keys.bases()])
+        async with contextlib.aclosing(merged([self._reader(ready) for ready in groups])) as found:
+            async for session_id in found:
+                yield session_id
+
+    async def _reader(self, ready: Sequence[str]) -> AsyncGenerator[str, None]:
+        link = self._store.link(ready[0])
         try:
-            async for session_id in self._nominations(link):
+            async for session_id in self._nominations(link, ready):
                 yield session_id
         finally:
             await link.close()
 
-    async def _nominations(self, link: Link) -> AsyncIterator[str]:
-        ready = [base + "rdy" for base in self._keys.bases()]
+    async def _nominations(self, link: Link, ready: Sequence[str]) -> AsyncIterator[str]:
         clock = asyncio.get_running_loop()
         orphans_at = 0.0
         generation = -1
@@ -156,11 +163,11 @@ class RedisWorkerLog:
                     found += await self._orphans(link, ready)
                 if not found:
                     # Never without a wait: the claim that makes a nomination certain needs its turn.
-                    found = await self._read(link, ready, block=not self._unsure_claims)
-                found += [sid for sid in self._unsure_claims if sid not in found]
+                    found = await self._read(link, ready, block=not self._unsure_of(ready))
+                found += [sid for sid in self._unsure_of(ready) if sid not in found]
                 pause = 0.05
             except (OSError, TimeoutError, redis_errors.RedisError, CowhandError) as err:
-                error = translate(err)
+                error = self._store.translate(err)
                 if not isinstance(error, StoreUnavailable):
                     raise error from err
                 LOG.info("ready stream not readable, trying again: %s", error)
@@ -172,6 +179,10 @@ class RedisWorkerLog:
                 continue
             for session_id in found:
                 yield session_id
+
+    def _unsure_of(self, ready: Sequence[str]) -> list[str]:
+        """Sessions of these streams whose claim may have run."""
+        return [sid for sid in self._unsure_claims if f"{self._keys.base_of(sid)}rdy" in ready]
 
     async def _make_groups(self, link: Link, ready: Sequence[str]) -> None:
         replies = await link.run(
@@ -190,7 +201,7 @@ class RedisWorkerLog:
         (reply,) = await link.run([command], timeout=BLOCK_MS / 1000 + 5)
         if isinstance(reply, Exception):
             if "NOGROUP" in str(reply):
-                await self._store.verify()
+                await self._store.verify(ready[0].removesuffix("rdy"))
                 await self._make_groups(link, ready)
                 return []
             raise reply
@@ -333,7 +344,10 @@ class RedisWorkerLog:
         if not self._store.has_barrier:
             return
         chosen = list(self._appenders) if lease is None else [lease.value]
-        generation = await self._store.wait(self._keys)
+        leases = [lease] if lease is not None else [one.lease for one in self._appenders.values()]
+        bases = sorted({self._keys.base_of(one.session_id) for one in leases})
+        waited = await asyncio.gather(*(self._store.wait(base) for base in bases))
+        generations = dict(zip(bases, waited, strict=True))
         for value in chosen:
             appender = self._appenders.get(value)
             if appender is None:
@@ -341,9 +355,10 @@ class RedisWorkerLog:
                     raise Fenced(f"lease {value} was given back or lost")
                 continue
             # The appends went over an older connection, maybe to another server: are they still there?
-            while appender.wseq and appender.generation != generation:
+            base = self._keys.base_of(appender.lease.session_id)
+            while appender.wseq and appender.generation != generations[base]:
                 appender.generation = await self._touch(appender.lease, appender.wseq)
-                generation = await self._store.wait(self._keys)
+                generations[base] = await self._store.wait(base)
 
     async def touch(self, lease: Lease) -> None:
         """See `log.WorkerLog.touch`."""
@@ -400,3 +415,31 @@ class RedisWorkerLog:
         """See `log.WorkerLog.get_hand`."""
         key = self._keys.session(session_id).hands
         return codec.record(await self._store.reads.call("HGET", key, f"{hand}/{instance}"))
+
+
+async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """What several sources yield, as it comes; each is only asked while somebody waits for it.
+
+    One that raises ends all of them.
+    """
+    if len(sources) == 1:
+        async with contextlib.aclosing(sources[0]) as only:
+            async for item in only:
+                yield item
+        return
+    waiting: dict[asyncio.Task[T], AsyncGenerator[T, None]] = {}
+    idle = list(sources)
+    try:
+        while True:
+            for source in idle:
+                waiting[asyncio.ensure_future(anext(source))] = source
+            idle = []
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                idle.append(waiting.pop(task))
+                yield task.result()
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await asyncio.gather(*(source.aclose() for source in sources))

@@ -8,15 +8,18 @@ local now = now_ms()
 local beat = redis.call('ZSCORE', WORKERS, wid)
 -- A dead worker leaves the entry pending, so that another one takes it over.
 if not beat or tonumber(beat) <= now then return {'DEADWORKER'} end
+local same = state ~= false and lease ~= '' and lease == epoch .. ':' .. wid .. ':' .. nonce
+local held = state ~= false and not ended(state) and not same and mode ~= 'suspended' and live(lease, WORKERS, OWN, now)
+if held then mark(lease) end
 for i = 7, #ARGV do redis.call('XACK', READY, ARGV[6], ARGV[i]) end
 if state == false then return {'NOSESSION'} end
 redis.call('HSET', META, 'rdy', '0')
 if ended(state) then return {'CLOSED'} end
-if lease ~= '' and lease == epoch .. ':' .. wid .. ':' .. nonce then
+if same then
   return {'OK', lease, tonumber(epoch), tonumber(nxt), m[6] or ''}
 end
 if mode == 'suspended' then return {'SUSPENDED'} end
-if live(lease, WORKERS, OWN, now) then
+if held then
   nudge(lease, tonumber(nxt) - 1)
   return {'HELD', lease}
 end

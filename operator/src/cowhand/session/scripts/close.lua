@@ -9,6 +9,7 @@ local retain = tonumber(ARGV[7])
 local first = state ~= 'closed'
 if first then
   local seq = tonumber(m[2])
+  mark(lease)
   put(LOG, seq, ARGV[4], ARGV[3], now_ms(), '', ARGV[5])
   redis.call('HSET', DEDUPE, ARGV[3], seq)
   redis.call('HSET', META, 'next', seq + 1, 'state', 'closed', 'lease', '')

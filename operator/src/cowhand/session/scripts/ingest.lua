@@ -13,6 +13,7 @@ local full = no_room(#ARGV[5] + 192, ARGV[4] == 'user.message' and 0 or #ARGV[5]
 if full then return full end
 local now = now_ms()
 local seq = tonumber(nxt)
+mark(lease)
 put(LOG, seq, ARGV[4], ARGV[3], now, '', ARGV[5])
 redis.call('HSET', META, 'next', seq + 1)
 redis.call('HSET', DEDUPE, ARGV[3], seq)

@@ -1,5 +1,6 @@
 -- Put before every script. ARGV[1] is always the base ("cowhand:<ns>:{pNN}:"), ARGV[2] the session id:
--- dirty sets and channels are named from them, in the same slot as the declared keys.
+-- dirty sets and channels are named from them, in the same slot as the declared keys. While a slot moves to another
+-- node of a cluster, a key that is not declared may be gone, and its use ends the script: before the first write.
 local BASE, SID = ARGV[1], ARGV[2]
 
 local function now_ms()
@@ -34,14 +35,19 @@ local function live(lease, workers, own, now)
   return beat and tonumber(beat) > now and progress and tonumber(progress) > now
 end
 
--- Tell the holder, even one that looks dead: it may be back, and the dirty set heals a lost nudge.
-local function nudge(lease, seq)
+-- Tell the holder, even one that looks dead: it may be back, and the dirty set heals a lost nudge. `mark` comes
+-- before the first write, `nudge` after the last.
+local function mark(lease)
   local wid = worker_of(lease)
   if not wid then return end
   local dirty = BASE .. 'dirty:' .. wid
   redis.call('SADD', dirty, SID)
   redis.call('PEXPIRE', dirty, 600000)
-  redis.call('PUBLISH', BASE .. 'n:' .. wid, SID .. ' ' .. seq)
+end
+
+local function nudge(lease, seq)
+  local wid = worker_of(lease)
+  if wid then redis.call('PUBLISH', BASE .. 'n:' .. wid, SID .. ' ' .. seq) end
 end
 
 -- One entry of the ready stream at most: meta.rdy is its id, '0' for none.

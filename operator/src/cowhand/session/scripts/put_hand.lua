@@ -5,6 +5,7 @@ local META, HANDS = KEYS[1], KEYS[2]
 local m = redis.call('HMGET', META, 'state', 'next', 'lease')
 if m[1] == false then return {'NOSESSION'} end
 if not newer(redis.call('HGET', HANDS, ARGV[3]), ARGV[4]) then return {'STALE'} end
+mark(m[3])
 redis.call('HSET', HANDS, ARGV[3], ARGV[4])
 local left = redis.call('PTTL', META)
 if left > 0 then redis.call('PEXPIRE', HANDS, left) end

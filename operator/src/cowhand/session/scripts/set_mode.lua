@@ -10,6 +10,7 @@ if ended(state) then return {'CLOSED', state} end
 if #ARGV[5] > tonumber(ARGV[6]) then return {'TOOBIG', 0, #ARGV[5]} end
 local now = now_ms()
 local seq = tonumber(nxt)
+mark(lease)
 put(LOG, seq, ARGV[4], ARGV[3], now, '', ARGV[5])
 redis.call('HSET', META, 'next', seq + 1, 'mode', ARGV[7])
 redis.call('HSET', DEDUPE, ARGV[3], seq)

@@ -42,7 +42,17 @@ def test_items_are_slices_of_the_text(value: list[Any], indent: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "[1]", "{", '{"a"}', '{"a":}', '{"a":1', '{"a":1 "b":2}', "{a:1}", '{"a":NaN}'],
+    [
+        *("", "x", "[1]", "{", '{"a"}', '{"a":}', '{"a":1', '{"a":1 "b":2}', "{a:1}", '{"a":NaN}'),
+        *(
+            '{"a":1,}',
+            '{"a":1]',
+            '{"a\n":1}',
+            '{"a' + chr(1) + '":1}',
+            '{"a":1,"b\\q":2}',
+            '{,"a":1}',
+        ),
+    ],
 )
 def test_what_is_no_object_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
@@ -51,10 +61,17 @@ def test_what_is_no_object_is_refused(text: str) -> None:
         RawObject(text.encode())
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[", "[1", "[1,]", "[1 2]", "[Infinity]"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[", "[1", "[1,]", "[1 2]", "[1}", "[,1]", "[Infinity]"]
+)
 def test_what_is_no_array_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         list(rawjson.items(text))
+
+
+def test_names_with_escapes_and_spaces_between() -> None:
+    text = ' { "a\\u00e9\\"" : 1 ,\n"" :\t[ 2 ] } '
+    assert rawjson.members(text) == {'a\u00e9"': "1", "": "[ 2 ]"}
 
 
 def test_of_two_members_of_one_name_the_later_counts_as_for_every_reader() -> None:

@@ -111,7 +111,7 @@ async def test_killed_while_a_summary_is_written_it_is_asked_for_again(
     sid = await killed_in_a_summary(here, profile, model, hold)
     before = await here.events(sid)
     await here.release("summary")
-    await here.worker()
+    await here.local_worker()
     events = await here.settled(sid)
     assert events[: len(before)] == before, "nothing is lost"
     first, again, *_ = sides(events)

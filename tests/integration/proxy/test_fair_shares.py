@@ -19,6 +19,7 @@ from cowhand.proxy.server import Server
 from cowhand.session import scripts as lua
 from cowhand.session.log import StoreConfig
 from cowhand.session.store import Store
+from cowhand.telemetry.metrics import REGISTRY
 from support.trust import (
     HARNESS_POD,
     NAMESPACE,
@@ -119,22 +120,28 @@ async def send(made: Rig, server: Server, namespace: str, number: int) -> Any:
     return await client.ask(request("POST", "/v1/messages", *lines, body=body))
 
 
-async def others_before(made: Rig, servers: dict[str, Server], endpoint: Endpoint) -> int:
+def waits(what: str) -> float:
+    found = REGISTRY.get_sample_value(f"cowhand_slot_wait_seconds_{what}")
+    assert found is not None
+    return found
+
+
+async def others_before(
+    made: Rig, servers: dict[str, Server], endpoint: Endpoint, crowd: int = CROWD
+) -> int:
     """How many of a crowd's requests reach the endpoint after another tenant's one came and before it does."""
-    crowd = [
-        asyncio.create_task(send(made, servers[NAMESPACE], NAMESPACE, n)) for n in range(CROWD)
-    ]
+    sent = [asyncio.create_task(send(made, servers[NAMESPACE], NAMESPACE, n)) for n in range(crowd)]
     await endpoint.came(LIMIT)
     one = asyncio.create_task(send(made, servers[OTHER_NAMESPACE], OTHER_NAMESPACE, 0))
     reached = len(endpoint.order)
     await asyncio.wait({one}, timeout=0.5)  # so that the broker knows of it
     while OTHER_NAMESPACE not in endpoint.order:
         await endpoint.finish()
-        await endpoint.came(min(reached + 1, CROWD + 1))
+        await endpoint.came(min(reached + 1, crowd + 1))
         reached = len(endpoint.order)
     found = endpoint.order.index(OTHER_NAMESPACE) - LIMIT
-    drain = asyncio.create_task(endpoint.finish(CROWD + 1))
-    answers = await asyncio.gather(one, *crowd)
+    drain = asyncio.create_task(endpoint.finish(crowd + 1))
+    answers = await asyncio.gather(one, *sent)
     drain.cancel()
     assert {answer.status for answer in answers} == {200}
     return found
@@ -162,7 +169,7 @@ async def test_control_without_turns_it_is_served_after_all_of_them(
         chain(tmp_path, Sharing(store.model_slots(), LIMIT, {})) as (made, servers),
     ):
         endpoint = Endpoint(made.upstream)
-        assert await others_before(made, servers, endpoint) > CROWD // 2
+        assert await others_before(made, servers, endpoint, 60) > 30
         assert endpoint.most <= LIMIT
 
 
@@ -198,10 +205,13 @@ async def test_limits_that_one_tenant_used_up_hold_for_the_other_before_it_is_re
         asking = ProxySlots(f"http://127.0.0.1:{servers[OTHER_NAMESPACE].port}")
         monkeypatch.setattr("cowhand.proxy.harness.SLOT_WAIT_S", 0.2)
         rival = session_of(OTHER_NAMESPACE, 1), LEASES[OTHER_NAMESPACE]
+        count, seconds = waits("count"), waits("sum")
         assert not await asking.reserve(*rival)
         async with asyncio.timeout(60):
             while not await asking.reserve(*rival):
                 pass
+        assert waits("count") == count + 1
+        assert waits("sum") - seconds > 0.2, "both questions, one wait"
         second = asyncio.create_task(send(made, servers[OTHER_NAMESPACE], OTHER_NAMESPACE, 1))
         await endpoint.finish()
         assert (await second).status == 200

@@ -12,11 +12,16 @@ from typing import Final, Protocol
 
 import aiohttp
 
+from cowhand.telemetry.metrics import SLOT_WAIT_SECONDS
+
 WAIT_S: Final = 15.0
 """For one answer; the proxy takes up to 5 s for it."""
 
 UNSHARED_S: Final = 60.0
 """After the proxy said that nobody needs a slot it is not asked for so long."""
+
+MAX_WAITING: Final = 10_000
+"""Sessions whose wait is measured."""
 
 
 class Slots(Protocol):
@@ -50,11 +55,13 @@ class ProxySlots:
         self._clock = clock
         self._session: aiohttp.ClientSession | None = None
         self._unshared_until = float("-inf")
+        self._since: dict[str, float] = {}
 
     async def reserve(self, session_id: str, lease: str) -> bool:
         """See `Slots`."""
         if self._clock() < self._unshared_until:
             return True
+        asked = self._clock()
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=0)  # each session that waits has one
             self._session = aiohttp.ClientSession(trust_env=False, connector=connector)
@@ -62,14 +69,21 @@ class ProxySlots:
         timeout = aiohttp.ClientTimeout(total=WAIT_S)
         try:
             async with self._session.post(self._url, json=body, timeout=timeout) as answer:
-                told = await answer.json() if answer.status == 200 else {}
+                told = await answer.json() if answer.status == 200 else None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
             return True  # the request itself finds out what is wrong
         if not isinstance(told, dict):
             return True
+        now, granted = self._clock(), told.get("granted") is not False
         if told.get("shared") is False:
-            self._unshared_until = self._clock() + UNSHARED_S
-        return told.get("granted") is not False
+            self._unshared_until = now + UNSHARED_S
+        elif granted:
+            SLOT_WAIT_SECONDS.observe(now - self._since.pop(session_id, asked))
+        else:
+            self._since.setdefault(session_id, asked)
+            if len(self._since) > MAX_WAITING:
+                self._since.clear()  # of sessions that went away; only the figures suffer
+        return granted
 
     async def close(self) -> None:
         """Close the connections."""

@@ -109,6 +109,12 @@ GATE_SHUT: Final = Counter(
     ("reason",),
     registry=REGISTRY,
 )
+SLOT_WAIT_SECONDS: Final = Histogram(
+    "cowhand_slot_wait_seconds",
+    "How long sessions waited for their turn at a workspace that tenants share (limits.maxConcurrentRequests)",
+    registry=REGISTRY,
+    buckets=(0.05, 0.25, 1, 5, 15, 60, 300),
+)
 PREVIEWS: Final = Counter(
     "cowhand_previews_total",
     "Pieces of text that were published while a response streams, by whether anybody listens: heard, unheard",
@@ -247,6 +253,7 @@ CATALOGUE: Final[tuple[tuple[str, tuple[MetricWrapperBase, ...]], ...]] = (
                 RESCHEDULED,
                 GATE_ENTRIES,
                 GATE_SHUT,
+                SLOT_WAIT_SECONDS,
                 PREVIEWS,
                 MODEL_REQUESTS,
                 MODEL_SECONDS,

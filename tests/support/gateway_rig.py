@@ -12,6 +12,7 @@ from cowhand.kube.kinds import Kind
 from cowhand.session import events as ev
 from cowhand.session.events import Event, NewEvent
 from cowhand.session.log import SessionMeta, SessionState, from_end
+from support.memory_log import fitting
 
 SID = "sesn_" + "ab" * 16
 HEX = "ab" * 16
@@ -127,11 +128,14 @@ class ListLog:
         *,
         limit: int | None = None,
         types: Collection[str] | None = None,
+        max_bytes: int | None = None,
     ) -> list[Event]:
         self.reads += 1
         start, end = from_end(start, end, len(self.events) + 1)
         found = self.events[start - 1 : end]
         found = [event for event in found if types is None or event.type in types]
+        if max_bytes is not None:
+            found = fitting(found, max_bytes)
         return found if limit is None else found[:limit]
 
     async def get_session(self, session_id: str) -> SessionState:

@@ -306,12 +306,15 @@ class MemorySessions:
         *,
         limit: int | None = None,
         types: Collection[str] | None = None,
+        max_bytes: int | None = None,
     ) -> list[Event]:
         await self._log.enter()
         log = self._log.find(self._namespace, session_id).log
         start, end = from_end(start, end, len(log) + 1)
         found = log[max(start, 1) - 1 : end]
         found = [event for event in found if types is None or event.type in types]
+        if max_bytes is not None:
+            found = fitting(found, max_bytes)
         return found if limit is None else found[:limit]
 
     async def get_session(self, session_id: str) -> SessionState:
@@ -334,3 +337,14 @@ class MemorySessions:
     async def follow(self, session_id: str, start: int = 1) -> AsyncIterator[Event]:
         for event in await self.get_events(session_id, start):
             yield event
+
+
+def fitting(events: list[Event], max_bytes: int) -> list[Event]:
+    """The first events that have so many bytes together, or the first one."""
+    total, whole = 0, []
+    for event in events:
+        total += len(event.payload)
+        if whole and total > max_bytes:
+            break
+        whole.append(event)
+    return whole

@@ -107,6 +107,7 @@ async def naive(
     end: int | None,
     limit: int | None,
     types: object = None,
+    max_bytes: object = None,
 ) -> list[Event]:
     """Cold below the first position as it was before the read, hot above: no second look."""
     first = await self._first(session_id)

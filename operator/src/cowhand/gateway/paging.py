@@ -18,13 +18,13 @@ from multidict import MultiMapping
 
 from cowhand.errors import UserError
 from cowhand.gateway.projection import Public, project, rfc3339
-from cowhand.gateway.window import CHUNK, complete, context_at
+from cowhand.gateway.window import CHUNK, CHUNK_BYTES, complete, context_at
 from cowhand.session.events import Event
 from cowhand.session.log import SessionLog
 
 MAX_LIMIT: Final = 1000
 PAGE_BYTES: Final = 4 * 1024 * 1024
-"""Payload bytes of the log after which a page ends."""
+"""Payload bytes of the log that a page has at most, unless its first event alone has more."""
 SCAN_EVENTS: Final = 5000
 """Events of the log after which a page ends, whatever matched."""
 
@@ -134,10 +134,11 @@ async def page(log: SessionLog, session_id: str, query: Query) -> dict[str, Any]
     weight = scanned = 0
     source = _ascending if query.order == "asc" else _descending
     async for event, publics in source(log, session_id, query.begin):
+        heavy = bool(rows) and weight + len(event.payload) > PAGE_BYTES
         for index, public in publics:
             if not query.keeps(public, event):
                 continue
-            if len(rows) == query.limit or (rows and weight > PAGE_BYTES):
+            if len(rows) == query.limit or heavy:
                 return {"data": rows, "next_page": _encode(query.order, (event.seq, index))}
             rows.append(public)
         scanned += 1
@@ -158,9 +159,9 @@ Rows = AsyncIterator[tuple[Event, list[tuple[int, Public]]]]
 
 async def _ascending(log: SessionLog, session_id: str, begin: Position | None) -> Rows:
     seq, first = begin or (1, 0)
-    context = await context_at(log, session_id, seq)
+    context = await context_at(log, session_id, seq, light=True)
     while True:
-        found = await log.get_events(session_id, seq, seq + CHUNK - 1)
+        found = await log.get_events(session_id, seq, seq + CHUNK - 1, max_bytes=CHUNK_BYTES)
         if not found:
             return
         await complete(log, context, found)
@@ -173,10 +174,15 @@ async def _ascending(log: SessionLog, session_id: str, begin: Position | None) -
 
 async def _descending(log: SessionLog, session_id: str, begin: Position | None) -> Rows:
     last = begin[0] if begin else (await log.get_session(session_id)).next_seq - 1
+    count = CHUNK
     while last >= 1:
-        low = max(1, last - CHUNK + 1)
-        context = await context_at(log, session_id, low)
-        found = await log.get_events(session_id, low, last)
+        low = max(1, last - count + 1)
+        found = await log.get_events(session_id, low, last, max_bytes=CHUNK_BYTES)
+        if found and found[-1].seq < last:
+            count = max(1, (last - low) // 2)  # the newest come first: a window that fits
+            continue
+        count = min(CHUNK, count * 2)
+        context = await context_at(log, session_id, low, light=True)
         if found:
             await complete(log, context, found)
         for event in reversed(found):

@@ -10,7 +10,7 @@ which is folded from a window around the event.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -119,15 +119,18 @@ class Context:
         custom: names of the tools that the client answers.
         usage: position of `span.model_request_start` -> token counts.
         processed: position of a user event -> when it was taken up, milliseconds.
+        light: user events that wait are remembered without their content: for who does not show them again when they
+            are taken up.
     """
 
     session_id: str
+    light: bool = False
     permissions: Mapping[str, str] = field(default_factory=dict)
     tools: frozenset[str] | None = None
     custom: frozenset[str] = frozenset()
     usage: dict[int, Mapping[str, int]] = field(default_factory=dict)
     processed: dict[int, int] = field(default_factory=dict)
-    _waiting: dict[int, Event] = field(default_factory=dict)
+    _waiting: dict[int, tuple[Event, str]] = field(default_factory=dict)
     _open_start: int = 0
     _fed: int = 0
 
@@ -152,9 +155,10 @@ class Context:
         elif event.type in _RENEWALS:
             self.usage[self._open_start] = event.data.get("usage") or {}
         elif event.type in _TAKEN_UP:
-            self._waiting[event.seq] = event
+            kept = replace(event, payload=b"") if self.light else event
+            self._waiting[event.seq] = (kept, _call_of(event))
             return []
-        taken = [waiting for waiting in self._waiting.values() if _takes_up(event, waiting)]
+        taken = [kept for kept, call in self._waiting.values() if _takes_up(event, kept, call)]
         for waiting in taken:
             del self._waiting[waiting.seq]
             self.processed[waiting.seq] = event.ts
@@ -165,8 +169,15 @@ class Context:
         return any(position <= seq for position in self._waiting)
 
 
-def _takes_up(event: Event, waiting: Event) -> bool:
-    """Whether `event` shows that the harness has acted on the user event `waiting`."""
+def _call_of(event: Event) -> str:
+    """The tool use that a user event answers; empty for messages and interrupts."""
+    if event.type in (ev.USER_MESSAGE, ev.SYSTEM_MESSAGE, ev.USER_INTERRUPT):
+        return ""
+    return str(event.data.get("tool_use_id") or event.data.get("custom_tool_use_id") or "")
+
+
+def _takes_up(event: Event, waiting: Event, call: str) -> bool:
+    """Whether `event` shows that the harness has acted on the user event `waiting`, an answer to `call`."""
     if waiting.type in (ev.USER_MESSAGE, ev.SYSTEM_MESSAGE):
         horizon = (
             event.data.get("horizon", event.seq) if event.type == ev.MODEL_REQUEST_START else 0
@@ -179,7 +190,6 @@ def _takes_up(event: Event, waiting: Event) -> bool:
             ev.TOOL_RESULT,
             ev.STATUS_IDLE,
         )
-    call = waiting.data.get("tool_use_id") or waiting.data.get("custom_tool_use_id")
     return event.type in (ev.TOOL_STARTED, ev.TOOL_RESULT) and event.data.get("tool_use_id") == call
 
 

@@ -285,12 +285,14 @@ class SessionLog(Protocol):
         *,
         limit: int | None = None,
         types: Collection[str] | None = None,
+        max_bytes: int | None = None,
     ) -> list[Event]:
         """Events `start..end`, both inclusive, positions from 1; `end` None is the newest.
 
         A negative position counts from the end of the log (rewind): -1 is the newest event. `types` keeps only
         events of these types. An empty range of an existing session is an empty list. `limit` cuts the list at
-        its end, after the filter. What is no longer in the store is read from the archive, also while it is being
+        its end, after the filter, and so does `max_bytes`: the payloads of what is answered are no larger together,
+        unless the first event alone is. What is no longer in the store is read from the archive, also while it is being
         archived; large payloads are the original bytes.
 
         Raises:

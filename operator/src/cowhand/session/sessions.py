@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from cowhand.errors import SessionNotFound, StoreUnavailable, UserError
 from cowhand.session import codec
+from cowhand.session.blobs import reference_of
 from cowhand.session.events import (
     EXTERNAL,
     SESSION_CREATED,
@@ -50,6 +51,9 @@ SCAN_COUNT: Final = 500
 
 POLL_SECONDS: Final = 5.0
 """How often a follower looks without being nudged."""
+
+FOLLOW_BYTES: Final = 4 * 1024 * 1024
+"""Payloads that a follower holds at a time, unless one event alone has more."""
 
 EMITTABLE: Final = frozenset(
     {
@@ -295,11 +299,12 @@ class RedisSessionLog:
         *,
         limit: int | None = None,
         types: Collection[str] | None = None,
+        max_bytes: int | None = None,
     ) -> list[Event]:
         """See `log.SessionLog.get_events`."""
         if start < 0 or (end is not None and end < 0):
             start, end = from_end(start, end, (await self.get_session(session_id)).next_seq)
-        events = await self._range(session_id, start, end, limit, types)
+        events = await self._range(session_id, start, end, limit, types, max_bytes)
         return await self._store.payloads.resolve(self._keys.namespace, session_id, events)
 
     async def _range(
@@ -309,22 +314,33 @@ class RedisSessionLog:
         end: int | None,
         limit: int | None,
         types: Collection[str] | None = None,
+        max_bytes: int | None = None,
     ) -> list[Event]:
-        """Events as they are stored."""
+        """Events as they are stored; sizes are those of the blobs that they refer to."""
         position = max(start, 1)
         events: list[Event] = []
-        chunk = CHUNK
+        first = CHUNK
+        if max_bytes is not None:
+            first = max(1, min(CHUNK, max_bytes // self._store.payloads.inline_limit))
+        chunk, left = first, max_bytes
         if limit == 0 or (end is not None and position > end):
             await self._first(session_id)
         while (end is None or position <= end) and (limit is None or len(events) < limit):
             few = limit is not None and types is None
             count = min(chunk, limit - len(events)) if few and limit is not None else chunk
             found, more = await self._page(session_id, position, end, count)
-            events += found if types is None else [item for item in found if item.type in types]
+            kept = found if types is None else [item for item in found if item.type in types]
+            if left is not None:
+                whole, left = _fitting(kept, left, anyhow=not events)
+                events += whole
+                if len(whole) < len(kept):
+                    break
+            else:
+                events += kept
             if not more:
                 break
             small = sum(len(event.payload) for event in found) <= SMALL_CHUNK
-            chunk = min(MAX_CHUNK, chunk * 2) if small else CHUNK
+            chunk = min(MAX_CHUNK, chunk * 2) if small else first
             position = found[-1].seq + 1
         return events if limit is None else events[:limit]
 
@@ -378,7 +394,9 @@ class RedisSessionLog:
         async with self._store.hub.subscribe([self._keys.session(session_id).tail]) as tail:
             while True:
                 try:
-                    events = await self.get_events(session_id, position, limit=CHUNK)
+                    events = await self.get_events(
+                        session_id, position, limit=CHUNK, max_bytes=FOLLOW_BYTES
+                    )
                 except SessionNotFound:
                     if known:
                         return
@@ -389,8 +407,24 @@ class RedisSessionLog:
                     position = event.seq + 1
                     if event.type == SESSION_DELETED:
                         return
-                if len(events) == CHUNK:
-                    continue
+                if (
+                    len(events) == CHUNK
+                    or sum(len(event.payload) for event in events) > SMALL_CHUNK
+                ):
+                    continue  # there may be more: this many, or this much, may be all of one answer
                 while message := await tail.get(POLL_SECONDS):
                     if not message[1] or int(message[1]) >= position:
                         break
+
+
+def _fitting(events: list[Event], left: int, *, anyhow: bool) -> tuple[list[Event], int]:
+    """The first events whose payloads have `left` bytes together, and what is left then; `anyhow`: at least one."""
+    whole: list[Event] = []
+    for event in events:
+        ref = reference_of(event.payload)
+        size = len(event.payload) if ref is None else ref[1]
+        if size > left and (whole or not anyhow):
+            break
+        whole.append(event)
+        left = max(0, left - size)
+    return whole, left

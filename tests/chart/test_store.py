@@ -111,6 +111,24 @@ def test_the_profile_decides_when_the_file_is_on_the_disk(
         assert env["COWHAND_STORE_ALLOW_WEAKER"] == "false"
 
 
+@pytest.mark.parametrize("scheme", ["rediss+sentinel", "rediss"])
+def test_the_login_at_sentinels_comes_as_files(render: Render, scheme: str) -> None:
+    wanted = scheme == "rediss+sentinel"
+    external = {"url": f"{scheme}://a:26380{'/cowhand' if wanted else ''}"}
+    found = render({"store": {"embedded": False, "external": external}})
+    for name in ("cowhand-operator", "cowhand-broker", "cowhand-gateway", "cowhand-harness"):
+        pod = pick(found, "Deployment", name)["spec"]["template"]["spec"]
+        env = {item["name"]: item.get("value") for item in pod["containers"][0]["env"]}
+        mounts = {item["name"]: item["mountPath"] for item in pod["containers"][0]["volumeMounts"]}
+        volumes = {item["name"]: item for item in pod["volumes"]}
+        file = env.get("COWHAND_STORE_SENTINEL_PASSWORD_FILE", "")
+        assert file == (f"{mounts['store-sentinel']}/password" if wanted else "")
+        assert ("store-sentinel" in volumes) is wanted
+        if wanted:
+            secret = volumes["store-sentinel"]["secret"]
+            assert (secret["secretName"], secret["optional"]) == ("cowhand-store-sentinel", True)
+
+
 @pytest.mark.parametrize(
     ("url", "ports"),
     [

@@ -98,6 +98,10 @@ args: [{{ .command }}]
 - {name: COWHAND_STORE_USERNAME, value: {{ .user | quote }}}
 - {name: COWHAND_STORE_PASSWORD_FILE, value: /etc/cowhand/store/password}
 - {name: COWHAND_STORE_CA_FILE, value: /etc/cowhand/store-ca/ca.crt}
+{{- if and (not .root.Values.store.embedded) (contains "+sentinel://" .root.Values.store.external.url) }}
+- {name: COWHAND_STORE_SENTINEL_USERNAME_FILE, value: /etc/cowhand/store-sentinel/username}
+- {name: COWHAND_STORE_SENTINEL_PASSWORD_FILE, value: /etc/cowhand/store-sentinel/password}
+{{- end }}
 - {name: COWHAND_STORE_PARTITIONS, value: {{ .root.Values.store.partitions | quote }}}
 - {name: COWHAND_STORE_PROFILE, value: {{ .root.Values.store.profile | quote }}}
 - {name: COWHAND_STORE_REPLICAS, value: {{ ternary 0 .root.Values.store.replicas (and .root.Values.store.embedded (eq .root.Values.store.profile "strict")) | quote }}}
@@ -132,6 +136,9 @@ args: [{{ .command }}]
 {{- define "cowhand.storeMounts" -}}
 - {name: store-login, mountPath: /etc/cowhand/store, readOnly: true}
 - {name: store-ca, mountPath: /etc/cowhand/store-ca, readOnly: true}
+{{- if and (not .Values.store.embedded) (contains "+sentinel://" .Values.store.external.url) }}
+- {name: store-sentinel, mountPath: /etc/cowhand/store-sentinel, readOnly: true}
+{{- end }}
 {{- end }}
 
 {{/* Volumes of the store's login and CA; arguments: root, secret. */}}
@@ -140,6 +147,10 @@ args: [{{ .command }}]
   secret: {secretName: {{ .secret }}, defaultMode: 0440, items: [{key: password, path: password}]}
 - name: store-ca
   configMap: {name: {{ include "cowhand.storeCA" .root }}}
+{{- if and (not .root.Values.store.embedded) (contains "+sentinel://" .root.Values.store.external.url) }}
+- name: store-sentinel
+  secret: {secretName: cowhand-store-sentinel, optional: true, defaultMode: 0440}
+{{- end }}
 {{- end }}
 
 {{- define "cowhand.brokerTokenVolume" -}}

@@ -85,6 +85,18 @@ class StoreSettings:
     """Replicas that confirm a barrier of profiles standard and strict (`COWHAND_STORE_REPLICAS`)."""
     allow_weaker: bool = False
     """Go on with a store that keeps less than the profile (`COWHAND_STORE_ALLOW_WEAKER`, `true` or `false`)."""
+    sentinel_username: str = ""
+    """User at the Sentinels; the file `COWHAND_STORE_SENTINEL_USERNAME_FILE`, which may be missing."""
+    sentinel_password: str = field(default="", repr=False)
+    """Its password; the file `COWHAND_STORE_SENTINEL_PASSWORD_FILE`."""
+
+
+def _file(path: str) -> str:
+    """Content of a file; empty without one."""
+    if not path or not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8") as handle:
+        return handle.read().strip()
 
 
 def store(env: Mapping[str, str] | None = None) -> StoreSettings:
@@ -116,6 +128,8 @@ def store(env: Mapping[str, str] | None = None) -> StoreSettings:
         profile=PROFILES[profile],
         replicas=replicas,
         allow_weaker=_get(env, "STORE_ALLOW_WEAKER", "false", str) == "true",
+        sentinel_username=_file(env.get("COWHAND_STORE_SENTINEL_USERNAME_FILE", "")),
+        sentinel_password=_file(env.get("COWHAND_STORE_SENTINEL_PASSWORD_FILE", "")),
     )
 
 

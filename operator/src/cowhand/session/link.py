@@ -15,7 +15,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
 
 import hiredis
@@ -86,6 +86,10 @@ Connect = Callable[[], Awaitable[AbstractConnection]]
 def connection_factory(config: StoreConfig) -> Connect:
     """A function that opens connections; UserError if the URL is not usable."""
     sentinels = sentinel.parse(config.url)
+    if sentinels is not None and config.sentinel_password:
+        sentinels = replace(
+            sentinels, username=config.sentinel_username, password=config.sentinel_password
+        )
     url = config.url
     if sentinels is not None:
         host, port = sentinels.hosts[0]

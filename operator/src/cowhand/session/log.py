@@ -589,6 +589,7 @@ class StoreConfig:
         partitions: number of partitions, fixed for the life of a store.
         profile: durability profile; `dev` and `managed` have no barrier.
         replicas: replicas that confirm a barrier of `standard` and `strict`.
+        sentinel_username, sentinel_password: login at the Sentinels, empty for none.
         allow_weaker: go on with a store that keeps less than the profile; a barrier that nobody confirms passes
             after its time is over.
     """
@@ -602,3 +603,5 @@ class StoreConfig:
     profile: Profile = "dev"
     replicas: int = 1
     allow_weaker: bool = False
+    sentinel_username: str = ""
+    sentinel_password: str = field(default="", repr=False)

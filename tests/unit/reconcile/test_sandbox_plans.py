@@ -106,6 +106,29 @@ def table() -> dict[str, tuple[SandboxSnapshot, float]]:
         containerStatuses=[ended("sandbox", 128, reason="StartError", message="runc: no")],
     )
     tried = sandbox(status={"podUID": "p"})
+    sidecar = pod(
+        phase="Pending",
+        conditions=[SCHEDULED],
+        initContainerStatuses=[
+            ended("egress-rules", 0),
+            ended("proxy", 128, reason="StartError", message="runc: unable to freeze"),
+        ],
+    )
+    sidecar["spec"] = {"initContainers": [{"name": "proxy", "restartPolicy": "Always"}]}
+    given_up = sandbox(
+        status={
+            "conditions": [
+                {
+                    "type": "Ready",
+                    "status": "False",
+                    "reason": "ContainerNotCreated",
+                    "message": "container sandbox was not started: StartError Another pod is made.",
+                    "lastTransitionTime": NOW.isoformat(),
+                }
+            ]
+        }
+    )
+    going = pod(terminating=True, phase="Pending", conditions=[SCHEDULED])
     ran = sandbox(status={"podUID": "p", "startedTime": NOW.isoformat()})
     return {
         "check not started": (snapshot(pod=frozen, record="Pending"), 9),
@@ -116,6 +139,9 @@ def table() -> dict[str, tuple[SandboxSnapshot, float]]:
             ),
             9,
         ),
+        "sidecar not started": (snapshot(pod=sidecar, record="Pending"), 9),
+        "not started, deleted, its end unseen": (snapshot(given_up, going, record="Pending"), 9),
+        "deleted by somebody": (snapshot(tried, going, record="Pending"), 9),
         "check not started, late": (snapshot(pod=frozen, record="Pending"), 181),
         "check not started, store down": (snapshot(pod=frozen), 9),
         "sandbox not started": (snapshot(pod=late, record="Pending"), 9),
@@ -184,6 +210,9 @@ def found(plan: SandboxPlan) -> dict[str, str]:
         ("check not started", "ContainerNotCreated", "Pending", False, True),
         ("check not started, by hand", "ContainerNotCreated", None, False, True),
         ("check not started, deleted", "ContainerNotCreated", "Pending", False, False),
+        ("sidecar not started", "Starting", "Pending", False, False),
+        ("not started, deleted, its end unseen", "ContainerNotCreated", "Pending", False, False),
+        ("deleted by somebody", "PodLost", "Lost", False, False),
         ("check not started, late", "ContainerNotCreated", "Failed", False, False),
         ("check not started, store down", "ContainerNotCreated", "Failed", False, False),
         ("sandbox not started", "ContainerNotCreated", "Pending", False, True),

@@ -86,9 +86,20 @@ def has_failed(pod: Pod) -> bool:
 
 
 def failed_to_start(pod: Pod) -> Cause | None:
-    """Why a pod ended for a reason of its node alone, before anything of ours ran; another pod may do better."""
+    """Why a pod ended for a reason of its node alone, before anything of ours ran; another pod may do better.
+
+    A sidecar is tried again by the kubelet: the pod goes on.
+    """
+    spec = pod.get("spec") or {}
+    sidecars = {
+        container["name"]
+        for container in spec.get("initContainers") or ()
+        if container.get("restartPolicy") == "Always"
+    }
     for kind in ("initContainerStatuses", "containerStatuses"):
         for container in _statuses(pod, kind):
+            if container["name"] in sidecars:
+                continue
             end = (container.get("state") or {}).get("terminated") or {}
             if end.get("reason") in _NEVER_RAN:
                 text = f"container {container['name']} was not started: {_last_words(end)}"

@@ -29,6 +29,7 @@ RETRY_S: Final = 5.0
 REFUSED_RETRY_S: Final = 15.0
 """How soon to try again after the API server refused a pod."""
 
+ANOTHER: Final = " Another pod is made."
 GONE: Final = "The sandbox is gone, with its files and processes. The next tool call starts a new, empty sandbox."
 
 _STALLED: Final[Mapping[SandboxReady, SandboxStalled]] = {
@@ -289,15 +290,26 @@ def _was_ready(snap: SandboxSnapshot, pod: Mapping[str, Any]) -> bool:
 
 def _another_try(snap: SandboxSnapshot, pod: Mapping[str, Any], now: datetime) -> _Verdict | None:
     """A pod whose node could not start a container: nothing ran in it, so that another one may take its place."""
-    cause = pod_state.failed_to_start(pod)
+    cause = pod_state.failed_to_start(pod) or _given_up(snap, pod)
     if cause is None or _was_ready(snap, pod) or not _in_time(snap, now):
         return None
     if snap.sandbox.spec.holder is not None and snap.record != "Pending":
         return (
             None  # only what the store itself says counts: the session may have been given this pod
         )
-    cause = replace(cause, message=f"{cause.message} Another pod is made.")
+    cause = replace(cause, message=f"{cause.message}{ANOTHER}")
     return _Verdict(cause, delete=not pod_state.is_terminating(pod), mark="Pending", anew=True)
+
+
+def _given_up(snap: SandboxSnapshot, pod: Mapping[str, Any]) -> Cause | None:
+    """A pod that an earlier look had deleted for another one, whatever its containers did meanwhile."""
+    status = snap.sandbox.status
+    ready = next((c for c in status.conditions if c.type == SandboxCondition.READY), None)
+    if ready is None or ready.reason != SandboxReady.CONTAINER_NOT_CREATED or status.pod_uid:
+        return None
+    if not pod_state.is_terminating(pod):
+        return None
+    return Cause(SandboxReady.CONTAINER_NOT_CREATED, ready.message.removesuffix(ANOTHER))
 
 
 def _in_time(snap: SandboxSnapshot, now: datetime) -> bool:

@@ -13,7 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
+import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,9 +33,8 @@ from cowhand.session.export import Export, header_of
 from support.chaos_rig import COUNT, LONG_STALL_S, STORE, Case, Rig, patient, rig
 from support.fault_proxy import Fault, FaultProxy, How, Moment
 from support.harness_rig import NAMESPACE
-from support.harness_stack import StubBroker, start_process, until
+from support.harness_stack import StubBroker, until
 from support.store import Store as Server
-from support.store import free_port
 
 ALL = os.environ.get("COWHAND_CHAOS", "") == "all"
 pytestmark = pytest.mark.timeout(7200 if ALL else 600)
@@ -117,6 +119,7 @@ class Processes(Rig):
 
     server: Server
     proxy: asyncio.subprocess.Process
+    spare: asyncio.subprocess.Process | None = None
     proxy_argv: tuple[str, ...]
     pod = ""
     frozen: tuple[str, FaultProxy] | None = None
@@ -129,11 +132,20 @@ class Processes(Rig):
         self.ways.append(self.to_store)
         return self.pod
 
+    async def _spare_proxy(self) -> asyncio.subprocess.Process:
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        argv = (sys.executable, "-m", *self.proxy_argv)
+        with (self.here.folder / "proxy.log").open("ab") as out:
+            return await asyncio.create_subprocess_exec(
+                *argv, env=env, stdin=asyncio.subprocess.PIPE, stdout=out, stderr=out
+            )
+
     async def start_proxy(self) -> None:
-        here = Path(__file__).parents[1]
-        self.proxy = await start_process(
-            *self.proxy_argv, env={"PYTHONPATH": str(here)}, log=self.here.folder / "proxy.log"
-        )
+        """A proxy that listens; the next one is kept ready, so that no turn gives up while Python starts."""
+        self.proxy = self.spare or await self._spare_proxy()
+        assert self.proxy.stdin is not None
+        self.proxy.stdin.write(b"\n")
+        self.spare = await self._spare_proxy()
 
         async def answers() -> bool:
             with contextlib.suppress(aiohttp.ClientError):
@@ -248,16 +260,27 @@ class Processes(Rig):
         for way in self.ways:
             await way.close()
         await super().close()
-        with contextlib.suppress(ProcessLookupError):
-            self.proxy.kill()
-        await self.proxy.wait()
+        for process in (self.proxy, self.spare):
+            if process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+
+
+def quiet_port() -> int:
+    """A free port that no connection is given while its process is down (those begin at 32768)."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.asynccontextmanager
 async def processes(folder: Path, prelude: str = "") -> AsyncIterator[Processes]:
     """A rig with one harness; each process of it is one of the system's."""
     # What a killed server has answered is on disk: losing acknowledged events is another test's subject.
-    server, port = Server(fsync="always").start(), free_port()
+    server, port = Server(fsync="always").start(), quiet_port()
     argv: list[str] = []
 
     async def way_to_proxy(broker: StubBroker) -> str:

@@ -112,10 +112,13 @@ class Defences:
     Attributes:
         journal: a sandbox runs a call id once.
         hand_fence: a sandbox refuses an older lease.
+        no_late_calls: a call whose connection broke does not arrive after another worker has taken over (it may,
+            and the fence is what refuses it then).
     """
 
     journal: bool = True
     hand_fence: bool = True
+    no_late_calls: bool = True
 
 
 REAL = Defences()
@@ -351,11 +354,10 @@ class World:
         if sandbox is None or not sandbox.alive:
             refuse()
             return
-        if self.defences.hand_fence:
-            if call.epoch < sandbox.highest:
-                reply(409, {"error": {"type": "fenced", "message": "lower epoch"}})
-                return
-            sandbox.highest = call.epoch
+        if self.defences.hand_fence and call.epoch < sandbox.highest:
+            reply(409, {"error": {"type": "fenced", "message": "lower epoch"}})
+            return
+        sandbox.highest = max(sandbox.highest, call.epoch)
         if call.method == "POST":
             self._execute(sandbox, call.call_id, call.body)
         entry = sandbox.journal.get(call.call_id)
@@ -380,6 +382,14 @@ class World:
         sandbox.waiting.setdefault(call.call_id, []).append(done)
         if call.method == "GET":
             self.loop.at(call.wait_s, done)
+
+    def late(self, call: _HandCall, pauses: Sequence[float] = (1.0, 5.0, 15.0)) -> None:
+        """A call whose connection broke arrives when its sender has been replaced, or never."""
+        sandbox = self.sandboxes.get(call.address)
+        if sandbox is not None and call.epoch < sandbox.highest:
+            self.hand_arrives(call, lambda _status, _body: None, lambda: None)
+        elif pauses:
+            self.loop.at(pauses[0], self.late, call, pauses[1:])
 
     def _execute(self, sandbox: Sandbox, call_id: str, body: Mapping[str, Any]) -> None:
         if call_id in sandbox.journal and self.defences.journal:
@@ -725,6 +735,8 @@ class SimTransport:
             later(NotSent("connection refused"))
         elif chance < 0.6:
             later(lost)
+            if not world.defences.no_late_calls and method == "POST":
+                world.late(call)
         else:
             answered = (
                 (lambda _s, _v: later(lost)) if chance < 1.0 else (lambda s, v: later((s, v)))

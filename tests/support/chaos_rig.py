@@ -121,8 +121,9 @@ class Rig:
         if [data["stop_reason"]["type"] for data in idle] != ["end_turn"]:
             found.append(f"the turn ended with {idle}")
         results = await patient(lambda: self.here.of(session_id, ev.TOOL_RESULT))
-        counter = self.here.pods[session_id, "main", 1].workdir / "counter"
-        ran = counter.read_text().count("x") if counter.exists() else 0
+        pod = self.here.pods.get((session_id, "main", 1))
+        counter = None if pod is None else pod.workdir / "counter"
+        ran = counter.read_text().count("x") if counter is not None and counter.exists() else 0
         answers = [(data["content"].strip(), data["is_error"]) for data in results]
         return [f"{case}: {one}" for one in (*found, *self.wrong(case, answers, ran))]
 

@@ -25,4 +25,5 @@ async def main(port: int, key: str, model_url: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdin.readline()
     asyncio.run(main(int(sys.argv[1]), sys.argv[2], sys.argv[3]))

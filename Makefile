@@ -44,7 +44,7 @@ uninstall: ## Remove Cowhand from the cluster; resources and the log stay (PURGE
 .PHONY: unit
 unit: setup ## Tests without a cluster: unit, contract, integration, adversarial, chart
 	@hack/test-packages.sh ensure && hack/store.sh ensure valkey >/dev/null && hack/store.sh ensure redis >/dev/null && hack/tools.sh ensure
-	$(PYTEST) -n 2 --dist loadfile -m "not e2e and not apiserver" tests
+	$(PYTEST) -n 4 --dist loadfile -m "not e2e and not apiserver" tests
 	@hack/test-packages.sh go
 
 .PHONY: soak
@@ -54,7 +54,7 @@ soak: setup ## 2000 simulated histories with faults (COWHAND_SEEDS), every broke
 
 .PHONY: e2e
 e2e: setup ## Tests on the cluster (needs cluster, images, install)
-	$(PYTEST) -n 3 --dist loadgroup -m "(e2e or apiserver) and not disruptive" -x --timeout 600 tests
+	$(PYTEST) -n 4 --dist loadgroup -m "(e2e or apiserver) and not disruptive" -x --timeout 600 tests
 	$(PYTEST) -m disruptive -x --timeout 600 tests
 
 .PHONY: bench

@@ -100,7 +100,7 @@ CONTROLS: dict[str, Callable[[], dict[str, lua.Script]]] = {
     "ready entry of ingest": lambda: without(
         "ingest", "then enqueue(META, READY) end\n", "then end\n"
     ),
-    "dirty set of ingest": lambda: without("ingest", "tail(seq)\nnudge(lease, seq)\n"),
+    "dirty set of ingest": lambda: without("ingest", "mark(lease)\n"),
     "resume makes ready": lambda: without(
         "set_mode",
         "tonumber(m[5]) >= tonumber(m[6]) then enqueue(META, READY) end\n",

@@ -44,7 +44,7 @@ uninstall: ## Remove Cowhand from the cluster; resources and the log stay (PURGE
 .PHONY: unit
 unit: setup ## Tests without a cluster: unit, contract, integration, adversarial, chart
 	@hack/test-packages.sh ensure && hack/store.sh ensure valkey >/dev/null && hack/store.sh ensure redis >/dev/null && hack/tools.sh ensure
-	$(PYTEST) -n 4 --dist loadfile -m "not e2e and not apiserver" tests
+	$(PYTEST) -n 4 --dist loadfile --no-loadscope-reorder -m "not e2e and not apiserver" tests
 	@hack/test-packages.sh go
 
 .PHONY: soak

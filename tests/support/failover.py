@@ -86,10 +86,14 @@ class Relay:
 
 @dataclass
 class Writer:
-    """One session and what was acknowledged of it: contents of messages and of results, in order."""
+    """One session and what was acknowledged of it: contents of messages and of results, in order.
+
+    `refused` is what the store answered last when it acknowledged nothing.
+    """
 
     sid: str
     acked: list[str] = field(default_factory=list)
+    refused: str = ""
     healed: bool = False
     _more: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -191,12 +195,15 @@ class Rig:
         number = 0
         while not self._stop:
             text = f"{one.sid} {number}"
-            with contextlib.suppress(StoreUnavailable):
+            try:
                 await store.session_log().emit_event(
                     one.sid, make.message(f"msg:{number + 1}", text)
                 )
-                one.note(text)
-                number += 1
+            except StoreUnavailable as err:
+                one.refused = str(err)
+                continue
+            one.note(text)
+            number += 1
 
     async def _work(self, worker: WorkerLog, lease: Lease, one: Writer) -> None:
         number = 0
@@ -208,9 +215,11 @@ class Rig:
                     await worker.append(lease, [event])
                     appended = True
                 await worker.barrier(lease)
-            except StoreUnavailable:
+            except StoreUnavailable as err:
+                one.refused = str(err)
                 continue
-            except Fenced:
+            except Fenced as err:
+                one.refused = str(err)
                 lease = await self._again(worker, one.sid)
                 one.healed, appended = True, False
                 continue
@@ -244,6 +253,8 @@ class Rig:
         async with connect(self.config(), namespace=NAMESPACE) as store:
             await self.write(store)
             assert await self.until(appends), "no acknowledgements while all is well"
+            # The relay shares this process with the writers: the replica may have nothing at all yet.
+            await asyncio.to_thread(self.primary.wait_in_step)
             before = self._acked()
             if cut:
                 self.link.freeze()
@@ -279,7 +290,9 @@ class Rig:
         for _ in range(3):
             if await self.until(more):
                 return
-        raise AssertionError("no acknowledgements after the failover")
+        said = {one.sid: (len(one.acked), one.refused) for one in self.writers}
+        ended = [repr(task.exception()) for task in self._tasks if task.done()]
+        raise AssertionError(f"no acknowledgements after the failover: {said}, ended: {ended}")
 
     async def _missing(self, store: Store, known: list[int]) -> int:
         """Acknowledged before the primary died, and not in the log."""

@@ -26,6 +26,7 @@ async def test_a_failover_loses_nothing_that_a_barrier_has_confirmed(profile, se
 async def test_control_without_barriers_it_loses_and_the_log_goes_on_from_what_is_there(server):
     async with failover.rig("dev", installed().get(server), writers=4) as rig:
         found = await rig.fail_over(cut=True, appends=5)
-    assert found.missing >= 4 * 5, "each writer was told that five events are safe, which were not"
+    # What was on its way when the link froze may have arrived.
+    assert found.missing > 2 * 5, "writers were told that events are safe, which were not"
     assert found.healed == found.sessions == 2, "a worker whose appends are gone is told so"
     assert found.rejoined

@@ -54,7 +54,7 @@ soak: setup ## 2000 simulated histories with faults (COWHAND_SEEDS), every broke
 
 .PHONY: e2e
 e2e: setup ## Tests on the cluster (needs cluster, images, install)
-	$(PYTEST) -n 4 --dist loadgroup -m "(e2e or apiserver) and not disruptive" -x --timeout 600 tests
+	$(PYTEST) -n 3 --dist loadgroup -m "(e2e or apiserver) and not disruptive" -x --timeout 600 tests
 	$(PYTEST) -m disruptive -x --timeout 600 tests
 
 .PHONY: bench

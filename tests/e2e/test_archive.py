@@ -130,6 +130,7 @@ def back(rig: Rig) -> None:
 
 
 @pytest.mark.disruptive
+@pytest.mark.disruptive
 def test_without_the_archive_small_events_go_on_and_large_ones_wait(rig: Rig, away: None) -> None:
     long = "".join(f"{n} " for n in range(RESPONSE // 6))
     marker = rig.model.script(

@@ -222,6 +222,7 @@ def test_a_harness_that_stands_still_is_replaced_and_its_late_writes_are_refused
     assert not late, "the old holder wrote after it had lost the session"
 
 
+@pytest.mark.disruptive
 def test_operator_killed_in_mid_turn(rig: Rig) -> None:
     gate = _gate("operator")
     marker = rig.model.script(

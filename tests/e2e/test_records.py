@@ -13,7 +13,7 @@ import pytest
 from e2e.checks import check_log, check_requests, final_text
 from lab import Rig, Session, bash, eventually, say
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("archive")]
+pytestmark = pytest.mark.e2e
 
 RESPONSE = 150_000
 """Characters of an answer that is a blob of the archive, where there is one."""

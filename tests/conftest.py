@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from hypothesis import settings
@@ -29,6 +30,19 @@ def store_url(store_server: Store) -> str:
     """URL of the server, emptied before each test."""
     store_server.flush()
     return store_server.url
+
+
+REAL: Final = ("adversarial", "chaos", "contract", "e2e", "integration")
+"""Folders whose tests run real processes, servers and clusters."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test of real processes that fails gets a second try; the summary names it (see docs/adr/0018)."""
+    tries = int(os.environ.get("COWHAND_RERUNS", "1"))
+    folders = [config.rootpath / "tests" / name for name in REAL]
+    for item in items:
+        if any(item.path.is_relative_to(folder) for folder in folders):
+            item.add_marker(pytest.mark.flaky(reruns=tries))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

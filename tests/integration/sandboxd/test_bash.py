@@ -172,25 +172,22 @@ def test_environment_of_commands_has_nothing_of_ours(tmp_path: Path) -> None:
 
 def test_bash_calls_queue_and_pure_tools_do_not(box: Sandboxd) -> None:
     (box.workdir / "note").write_text("hello")
-    order: list[str] = []
-
-    def run(command: str) -> None:
-        order.append(box.bash(command)["content"])
-
+    order = box.workdir / "order"
     first = threading.Thread(
-        target=run, args=("touch running; until [ -e go ]; do sleep 0.02; done; echo 1",)
+        target=box.bash,
+        args=("touch running; until [ -e go ]; do sleep 0.02; done; echo 1 >> order",),
     )
     first.start()
     while not (box.workdir / "running").exists():
         threading.Event().wait(0.02)
-    second = threading.Thread(target=run, args=("echo 2",))
+    second = threading.Thread(target=box.bash, args=("echo 2 >> order",))
     second.start()
     # Answered while bash is busy: the file that ends the first command is written by a tool call itself.
     assert box.execute("read", {"file_path": "note"})["content"] == "hello"
     assert box.execute("glob", {"pattern": "no*"})["content"].endswith("note")
     assert "hello" in box.execute("grep", {"pattern": "h.llo"})["content"]
-    assert order == []
+    assert not order.exists()
     box.execute("write", {"file_path": "go", "content": ""})
     first.join(20)
     second.join(20)
-    assert order == ["1\n", "2\n"]
+    assert order.read_text() == "1\n2\n"

@@ -155,7 +155,7 @@ async def test_a_proxy_that_stops_asking_keeps_nobodys_turn(
     order: list[str] = []
     a, b = Tenant(slots, "a", 10, order, limit=1), Tenant(slots, "b", 1, order, limit=1)
     await a.ask()
-    monkeypatch.setattr(slots_module, "WANT_MS", 200)
+    monkeypatch.setattr(slots_module, "WANT_MS", 3_000)
     await b.ask()
     assert await a.ask(end=1) == 0, "the turn of b"
     await until(a.ask)
@@ -167,7 +167,7 @@ async def test_slots_of_a_proxy_that_died_come_back(
 ) -> None:
     order: list[str] = []
     dead, b = Tenant(slots, "a", 4, order), Tenant(slots, "b", 1, order)
-    monkeypatch.setattr(slots_module, "HOLD_MS", 300)
+    monkeypatch.setattr(slots_module, "HOLD_MS", 3_000)
     await dead.ask()
     assert await b.ask() == 0
     await until(b.ask)
@@ -196,10 +196,10 @@ async def test_a_question_whose_answer_was_lost_is_repeated_with_the_same_result
 async def test_when_the_endpoint_has_nothing_left_nobody_gets_a_slot(slots: ModelSlots) -> None:
     order: list[str] = []
     a, b = Tenant(slots, "a", 10, order), Tenant(slots, "b", 10, order)
-    await a.ask(pause_ms=300)
+    await a.ask(pause_ms=3_000)
     assert await b.ask() == 0
     answer = await slots.ask(POOL, "team-c", Asked("c", 1, ("1",)), limit=4, weight=1)
-    assert 0 < answer.pause_ms <= 300
+    assert 0 < answer.pause_ms <= 3_000
     await until(b.ask)
 
 

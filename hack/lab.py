@@ -34,8 +34,9 @@ PATIENCE = 180.0
 Json = dict[str, Any]
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+def _output(*command: str, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+    return done.stdout.strip()
 
 
 def eventually(what: str, probe: Callable[[], Any], *, patience: float = PATIENCE) -> Any:
@@ -83,14 +84,7 @@ class Cluster:
     def helm(self, *args: str) -> str:
         """Output of a helm command; raises CalledProcessError."""
         tool = _output(str(ROOT / "hack/tools.sh"), "path", "helm")
-        done = subprocess.run(
-            [tool, *args], capture_output=True, text=True, env=self.env(), check=False
-        )
-        if done.returncode:
-            raise subprocess.CalledProcessError(
-                done.returncode, ["helm", *args], done.stdout, done.stderr
-            )
-        return done.stdout
+        return _output(tool, *args, env=self.env())
 
     def get(self, kind: str, name: str, namespace: str) -> Json | None:
         out = self.kubectl("-n", namespace, "get", kind, name, "-o", "json", "--ignore-not-found")
@@ -377,8 +371,7 @@ class Session:
     def holder(self) -> Json:
         """The harness pod that holds the lease, by the last `session.wake` of the log.
 
-        A pod that was deleted by force may work on for a while, until the kubelet has ended its restarted
-        container: then the session's next holder is waited for.
+        One that is gone already is no answer: then the session's next holder is waited for.
         """
 
         def known() -> Json | None:

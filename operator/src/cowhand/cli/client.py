@@ -89,14 +89,7 @@ class Client:
         Raises:
             Unauthenticated, Denied, SessionNotFound, UserError, Refused, GatewayUnavailable.
         """
-        connection, response = self._open(method, path, query, body, timeout, {})
-        try:
-            loaded: dict[str, Any] = json.loads(response.read())
-        except (OSError, http.client.HTTPException, ValueError) as err:
-            raise GatewayUnavailable(f"the gateway's answer broke off: {err!r}") from err
-        finally:
-            connection.close()
-        return loaded
+        return _decoded(*self._open(method, path, query, body, timeout, {}))
 
     def upload(
         self,
@@ -112,16 +105,9 @@ class Client:
         Raises:
             As `call`.
         """
-        connection, response = self._open(
-            "POST", path, query, None, timeout, {}, upload=(content, length)
+        return _decoded(
+            *self._open("POST", path, query, None, timeout, {}, upload=(content, length))
         )
-        try:
-            loaded: dict[str, Any] = json.loads(response.read())
-        except (OSError, http.client.HTTPException, ValueError) as err:
-            raise GatewayUnavailable(f"the gateway's answer broke off: {err!r}") from err
-        finally:
-            connection.close()
-        return loaded
 
     def lines(
         self, path: str, query: Mapping[str, str], headers: Mapping[str, str] | None = None
@@ -196,6 +182,17 @@ class Client:
                 continue
             raise refusal(status, raw)
         raise AssertionError("unreachable")
+
+
+def _decoded(connection: _Connection, response: http.client.HTTPResponse) -> dict[str, Any]:
+    """The JSON of an answer, and the end of its connection. Raises GatewayUnavailable where it broke off."""
+    try:
+        loaded: dict[str, Any] = json.loads(response.read())
+    except (OSError, http.client.HTTPException, ValueError) as err:
+        raise GatewayUnavailable(f"the gateway's answer broke off: {err!r}") from err
+    finally:
+        connection.close()
+    return loaded
 
 
 def tls_context(ca: str) -> ssl.SSLContext:
